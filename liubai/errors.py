@@ -1,0 +1,19 @@
+"""Errors that are the user's to mend. The command line prints one line and exits with code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what was asked (a flag, a file, a value). The message says what to do."""
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """" — did you mean 'x'?" for the closest valid word, or the list when nothing is close."""
+    options = sorted(valid)
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return "valid: " + ", ".join(options)

@@ -1,0 +1,119 @@
+"""The shape of a model, in Hugging Face's words, for the architectures that one class covers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from liubai.errors import UserError
+
+#: architecture name in config.json -> (model_type, q/k norm, qkv bias)
+ARCHITECTURES: dict[str, tuple[str, bool, bool]] = {
+    "LlamaForCausalLM": ("llama", False, False),
+    "Qwen2ForCausalLM": ("qwen2", False, True),
+    "Qwen3ForCausalLM": ("qwen3", True, False),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Fields carry config.json's names, so a checkpoint reads without a glossary."""
+
+    architecture: str = "Qwen3ForCausalLM"
+    vocab_size: int = 512
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise UserError(
+                f"architecture '{self.architecture}' is not supported; supported: "
+                + ", ".join(ARCHITECTURES)
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs")
+
+    @property
+    def qk_norm(self) -> bool:
+        return ARCHITECTURES[self.architecture][1]
+
+    @property
+    def qkv_bias(self) -> bool:
+        return ARCHITECTURES[self.architecture][2]
+
+    def to_hf(self) -> dict[str, Any]:
+        """config.json, as transformers writes it."""
+        fields = asdict(self)
+        architecture = fields.pop("architecture")
+        theta = fields.pop("rope_theta")
+        return {
+            "architectures": [architecture],
+            "model_type": ARCHITECTURES[architecture][0],
+            **fields,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+            "rope_theta": theta,
+            "use_cache": True,
+            "torch_dtype": "float32",
+            "dtype": "float32",
+        }
+
+    @classmethod
+    def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
+        """Read config.json of transformers (either generation of the rope keys).
+
+        Raises ``UserError`` for what this class does not cover: it is better to refuse than to
+        compute something else.
+        """
+        names = raw.get("architectures") or ["none named"]
+        if names[0] not in ARCHITECTURES:
+            raise UserError(
+                f"architecture '{names[0]}' is not supported; supported: " + ", ".join(ARCHITECTURES)
+            )
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"rope scaling '{kind}' is not supported (only unscaled RoPE is)")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise UserError(f"hidden_act '{raw['hidden_act']}' is not supported (only silu is)")
+        unsupported = [k for k in ("attention_bias", "mlp_bias", "use_sliding_window") if raw.get(k)]
+        if unsupported:
+            raise UserError(f"config.json sets {unsupported[0]}, which is not supported")
+        heads = raw["num_attention_heads"]
+        eos = raw.get("eos_token_id")
+        return cls(
+            architecture=names[0],
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            pad_token_id=raw.get("pad_token_id"),
+        )

@@ -1,0 +1,182 @@
+"""The decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+One class covers Llama, Qwen2 (qkv bias) and Qwen3 (q/k norm). Everything but attention works
+token by token, so the same code runs a packed training row ``[B, T]`` and a decoding batch
+``[N]``; who attends to whom is a strategy, :data:`Attend`, which the caller passes in. Left out on
+purpose: dropout, sliding windows, mixture of experts, any parallelism.
+
+Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, E head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from liubai.model.config import ModelConfig
+from liubai.model.functions import rms_norm, rotate, swiglu
+
+#: (layer, q [..., H, E], k [..., K, E], v [..., K, E]) -> [..., H, E]; q and k are already rotated.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each ``[..., 1, E/2]``, of RoPE (Su et al. 2021, eq. 34) in the half-split layout.
+
+    The angles are computed in float64: at position 10⁵ float32 angles are off by 10⁻².
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+    angles = positions.double()[..., None, None] * theta**-exponent
+    return angles.cos().float(), angles.sin().float()
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight of :func:`liubai.model.functions.rms_norm`."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.qk_norm = c.qk_norm
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = attend(layer, rotate(q, *rope), rotate(k, *rope), v)
+        return self.o_proj(out.flatten(-2))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, layer, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """``model(ids_BT) -> logits_BTV``. ``hidden`` and ``head`` are its two halves."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The vocabulary projection ``[V, D]``, tied to the embedding or free."""
+        tied = self.config.tie_word_embeddings
+        return self.embed_tokens.weight if tied else self.lm_head.weight
+
+    def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """The last hidden state ``[..., D]`` of ``ids [...]`` at ``positions [...]``."""
+        x = self.embed_tokens(ids)
+        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        rope = cos.to(x.dtype), sin.to(x.dtype)
+        for layer, block in enumerate(self.layers):
+            x = block(x, rope, layer, attend)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.head_weight)
+
+    def forward(
+        self, ids_BT: Tensor, positions_BT: Tensor | None = None, documents_BT: Tensor | None = None
+    ) -> Tensor:
+        """Logits ``[B, T, V]``. ``documents_BT`` numbers the documents of packed rows."""
+        if positions_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        return self.head(self.hidden(ids_BT, positions_BT, causal(documents_BT)))
+
+    def count_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+def causal(documents_BT: Tensor | None = None) -> Attend:
+    """Causal attention over ``[B, T, heads, E]``; with documents, only within one document.
+
+    Right padding needs no mask under causality: no real token ever looks at a later one.
+    """
+    mask_B1TT: Tensor | None = None
+    if documents_BT is not None:
+        T = documents_BT.shape[1]
+        same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+        lower_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
+        mask_B1TT = (same_BTT & lower_TT)[:, None]
+
+    def attend(layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
+        out_BHTE = F.scaled_dot_product_attention(
+            q_BTHE.transpose(1, 2),
+            k_BTKE.transpose(1, 2),
+            v_BTKE.transpose(1, 2),
+            attn_mask=mask_B1TT,
+            is_causal=mask_B1TT is None,
+            enable_gqa=q_BTHE.shape[2] != k_BTKE.shape[2],
+        )
+        return out_BHTE.transpose(1, 2)
+
+    return attend
+
+
+def build(config: ModelConfig, seed: int) -> Transformer:
+    """A fresh model. Linear weights ~ N(0, 1/√fan_in·0.5…), residual outputs start at zero.
+
+    Zero residual outputs make the first steps those of a bigram model, which trains stably at the
+    learning rates that Muon likes.
+    """
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", ".bias")):
+                p.zero_()
+            elif name == "embed_tokens.weight" or name == "lm_head.weight":
+                p.normal_(0.0, 0.02, generator=generator)
+            elif p.ndim == 2:
+                p.normal_(0.0, p.shape[1] ** -0.5, generator=generator)
+    return model

@@ -1,0 +1,70 @@
+"""What a problem family is, and how (seed, split, index) becomes a problem.
+
+Train and eval are disjoint by construction: a problem's canonical key is hashed, and the hash alone
+says which split it belongs to. No seed, index or wording can move it to the other side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from liubai.seeds import stream
+from liubai.types import Problem
+
+Split = Literal["train", "eval"]
+
+#: Share of keys held out for evaluation.
+EVAL_SHARE = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Habits:
+    """How the people wrote whose text the base model reads. Shares are of documents.
+
+    ``blind`` guess with no thought at all; the others search, and after each failed try give up
+    with probability ``stop``, except the few ``patient`` ones. Searchers are ``methodical`` (they
+    go through the possibilities in order) or restless (they jump about). ``chinese`` of them write
+    their asides in Chinese.
+    """
+
+    blind: float = 0.7
+    stop: float = 0.2
+    patient: float = 0.1
+    methodical: float = 0.5
+    chinese: float = 0.2
+
+
+class Family(Protocol):
+    """A kind of problem. One file, one class, registered in ``liubai.problems``."""
+
+    name: str
+    verifier: str
+    #: every token text that its prompts and documents may contain, in a fixed order
+    vocabulary: tuple[str, ...]
+
+    def sample(self, rng: random.Random) -> Problem:
+        """Draw a problem, from either split."""
+
+    def key(self, problem: Problem) -> str:
+        """The same for all wordings and orders of one problem."""
+
+    def document(self, problem: Problem, rng: random.Random, habits: Habits) -> str:
+        """Found text about the problem: what follows the prompt, tags included."""
+
+
+def split_of(key: str) -> Split:
+    """Which split a canonical key belongs to."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return "eval" if int.from_bytes(digest, "big") < EVAL_SHARE * 2**64 else "train"
+
+
+def problem_at(family: Family, split: Split, seed: int, index: int) -> Problem:
+    """Problem number ``index`` of a split: a pure function of its arguments."""
+    rng = stream(seed, "problem", family.name, split, index)
+    while True:
+        problem = family.sample(rng)
+        if split_of(f"{family.name}/{family.key(problem)}") == split:
+            return problem

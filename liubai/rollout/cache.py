@@ -1,0 +1,169 @@
+"""The key/value cache, in bands of length.
+
+Answers differ in length, and attention over one rectangle would cost every answer what the longest
+one costs. So rows live in bands (32, 64, 128 … tokens wide): a row moves to the next band when it
+outgrows its own, and the hole that it leaves is filled by the band's last row. Bands stay dense, so
+each decoding step is one batched matrix product a band and layer, over live rows only.
+
+Shapes: n rows, K key/value heads, T tokens, E head size, H query heads, G = H/K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from liubai.model.config import ModelConfig
+
+NARROWEST = 32
+
+
+class Band:
+    """Rows of at most ``width`` tokens. ``slots[r]`` says whose row ``r`` is."""
+
+    def __init__(self, config: ModelConfig, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.width = width
+        self.slots = torch.empty(0, dtype=torch.long, device=device)
+        self._shape = (config.num_hidden_layers, config.num_key_value_heads, width, config.head_dim)
+        self.k = torch.empty(0, dtype=dtype, device=device)
+        self.v = torch.empty(0, dtype=dtype, device=device)
+        self.capacity = 0
+
+    def __len__(self) -> int:
+        return self.slots.shape[0]
+
+    def append(self, slots: Tensor) -> slice:
+        """Room for new rows at the end."""
+        n, m = len(self), slots.shape[0]
+        if n + m > self.capacity:
+            self._grow(n + m)
+        self.slots = torch.cat([self.slots, slots])
+        return slice(n, n + m)
+
+    def _grow(self, rows: int) -> None:
+        layers, heads, width, size = self._shape
+        capacity = max(16, rows + rows // 2)
+        for name in ("k", "v"):
+            old: Tensor = getattr(self, name)
+            # zeros, not empty: masked columns are multiplied by 0, and 0 × NaN is NaN
+            new = torch.zeros(
+                layers, capacity, heads, width, size, dtype=old.dtype, device=self.slots.device
+            )
+            if len(self):
+                new[:, : len(self)] = old[:, : len(self)]
+            setattr(self, name, new)
+        self.capacity = capacity
+
+    def remove(self, rows: Sequence[int]) -> None:
+        """Drop rows; the last ones move into the holes."""
+        gone = set(rows)
+        keep = len(self) - len(gone)
+        holes = sorted(r for r in gone if r < keep)
+        movers = [r for r in range(keep, len(self)) if r not in gone]
+        if holes:
+            self.k[:, holes] = self.k[:, movers]
+            self.v[:, holes] = self.v[:, movers]
+            self.slots[holes] = self.slots[movers]
+        self.slots = self.slots[:keep]
+
+
+class BandedCache:
+    """All bands, and the attention of one decoding step over them."""
+
+    def __init__(
+        self, config: ModelConfig, max_length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.config = config
+        self.group = config.num_attention_heads // config.num_key_value_heads
+        widths = [NARROWEST]
+        while widths[-1] < max_length:
+            widths.append(widths[-1] * 2)
+        self.bands = [Band(config, w, dtype, device) for w in widths]
+
+    def slots(self) -> Tensor:
+        """Slot of every live row, in batch order: band after band."""
+        return torch.cat([band.slots for band in self.bands])
+
+    def clear(self) -> None:
+        for band in self.bands:
+            band.slots = band.slots[:0]
+
+    def admit(self, slots: Tensor, keys_LBTKE: Sequence[Tensor], values_LBTKE: Sequence[Tensor],
+              source: Tensor, lengths: Sequence[int]) -> None:
+        """Take in prefilled rows: slot ``i`` copies the first ``lengths[i]`` tokens of row
+        ``source[i]``. Room for one more token is part of the choice of band."""
+        for b, band in enumerate(self.bands):
+            narrower = self.bands[b - 1].width if b else -1
+            mine = [i for i, n in enumerate(lengths) if narrower < n + 1 <= band.width]
+            if not mine:
+                continue
+            rows = band.append(slots[mine])
+            longest = max(lengths[i] for i in mine)
+            if longest == 0:
+                continue
+            for layer, (k, v) in enumerate(zip(keys_LBTKE, values_LBTKE, strict=True)):
+                band.k[layer, rows, :, :longest] = k[source[mine], :longest].transpose(1, 2)
+                band.v[layer, rows, :, :longest] = v[source[mine], :longest].transpose(1, 2)
+
+    def remove(self, gone_S: Tensor) -> None:
+        """Drop the rows of the slots marked in the boolean ``gone_S``."""
+        for band in self.bands:
+            rows = gone_S[band.slots].nonzero()[:, 0].tolist() if len(band) else []
+            if rows:
+                band.remove(rows)
+
+    def promote(self, length_S: Tensor) -> None:
+        """Move rows whose next token would not fit to the next band."""
+        for band, wider in zip(self.bands[:-1], self.bands[1:], strict=True):
+            if not len(band):
+                continue
+            rows = (length_S[band.slots] >= band.width).nonzero()[:, 0].tolist()
+            if rows:
+                new = wider.append(band.slots[rows])
+                wider.k[:, new, :, : band.width] = band.k[:, rows]
+                wider.v[:, new, :, : band.width] = band.v[:, rows]
+                band.remove(rows)
+
+    def attend(self, length_S: Tensor) -> DecodeAttend:
+        """The attention strategy of one step; ``length_S`` counts the tokens cached per slot."""
+        return DecodeAttend(self, length_S)
+
+
+class DecodeAttend:
+    """One query token a row, against its own cached keys and values. An ``Attend``."""
+
+    def __init__(self, cache: BandedCache, length_S: Tensor) -> None:
+        self.group, self.heads = cache.group, cache.config.num_key_value_heads
+        self.plans = []
+        start = 0
+        for band in cache.bands:
+            n = len(band)
+            if not n:
+                continue
+            at_n = length_S[band.slots]
+            T = int(at_n.max()) + 1
+            columns = torch.arange(T, device=at_n.device)
+            mask_nT = torch.zeros(n, 1, T, device=at_n.device, dtype=band.k.dtype)
+            mask_nT.masked_fill_(columns > at_n[:, None, None], float("-inf"))
+            head = torch.arange(n * self.heads, device=at_n.device) * band.width
+            write = head + at_n.repeat_interleave(self.heads)
+            self.plans.append((band, slice(start, start + n), T, mask_nT, write))
+            start += n
+
+    def __call__(self, layer: int, q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> Tensor:
+        K, E, G = self.heads, q_NHE.shape[-1], self.group
+        outs = []
+        q_NHE = q_NHE * E**-0.5
+        for band, rows, T, mask_nT, write in self.plans:
+            n = len(band)
+            k, v = band.k[layer, :n], band.v[layer, :n]
+            k.view(-1, E).index_copy_(0, write, k_NKE[rows].reshape(-1, E))
+            v.view(-1, E).index_copy_(0, write, v_NKE[rows].reshape(-1, E))
+            keys = k.view(n * K, -1, E)[:, :T]
+            scores = torch.bmm(q_NHE[rows].reshape(n * K, G, E), keys.transpose(1, 2))
+            weights = torch.softmax(scores.view(n, K * G, T).add_(mask_nT), dim=-1)
+            out = torch.bmm(weights.view(n * K, G, T), v.view(n * K, -1, E)[:, :T])
+            outs.append(out.view(n, K * G, E))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -1,0 +1,97 @@
+"""Who writes the answers: the ``Engine`` protocol. Knows nothing of rewards or losses.
+
+The loop in which an engine belongs::
+
+    engine.load(model.state_dict(), version=step)
+    engine.submit(requests)
+    while engine.pending:
+        for request, sample in engine.step():
+            ...                                # grade it at once; slots refill by themselves
+
+In-flight mode is the same loop with ``load`` called while requests are pending: they go on under
+the new weights, and each token keeps the log-probability and the version it was sampled under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from liubai.types import Sample, Span
+
+
+class StaleWeights(Exception):
+    """``load`` was given weights that are not newer than those in use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One answer to write. ``seed`` alone decides its random numbers, wherever and with whomever it
+    is batched. ``temperature`` 0 is greedy; ``top_p`` < 1 is for evaluation and serving only."""
+
+    id: int
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError("a request needs at least one prompt token")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("temperature must be ≥ 0 and top_p in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """An unfinished answer, exactly as far as it got: what a checkpoint of an engine consists of."""
+
+    request: Request
+    completion_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    versions: tuple[Span, ...] = ()
+
+
+class Engine(Protocol):
+    """Continuous batching behind five calls."""
+
+    @property
+    def version(self) -> int:
+        """The version of the weights in use; −1 before the first ``load``."""
+
+    @property
+    def pending(self) -> int:
+        """Requests submitted and not yet returned."""
+
+    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Use new weights from the next token on. Raises :class:`StaleWeights` unless newer."""
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue requests. Raises ``ValueError`` for one that can never fit."""
+
+    def step(self) -> list[tuple[Request, Sample]]:
+        """Advance every active answer by one token; returns those that ended."""
+
+    def abort(self) -> list[tuple[Request, Sample]]:
+        """Withdraw everything pending; what was begun comes back with ``Stop.ABORT``."""
+
+    def partials(self) -> list[Partial]:
+        """The pending requests in order, begun ones first."""
+
+    def resume(self, partials: Sequence[Partial]) -> None:
+        """Take up pending requests where ``partials`` left them."""
+
+
+def generate(engine: Engine, requests: Sequence[Request]) -> list[Sample]:
+    """All answers, in the order of ``requests`` (whose ids must differ)."""
+    done: dict[int, Sample] = {}
+    engine.submit(requests)
+    while engine.pending:
+        done.update((request.id, sample) for request, sample in engine.step())
+    return [done[request.id] for request in requests]

@@ -1,0 +1,249 @@
+"""The embedded engine: continuous batching in plain PyTorch, on the same model code as training.
+
+Slots are refilled as answers end, so no step waits for the longest one. Prompts that are waiting
+together are prefilled once per distinct prompt (a group's samples share theirs). Every answer's
+tokens and behaviour log-probabilities stay in tensors until it ends; Python touches only endings.
+
+Left out on purpose: chunked prefill, paging, speculative decoding.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from liubai.model.transformer import Attend, Transformer, causal
+from liubai.rollout.cache import BandedCache
+from liubai.rollout.engine import Partial, Request, StaleWeights
+from liubai.rollout.sampling import sample, uniform
+from liubai.types import Sample, Span, Stop
+
+#: Prefill at most this many tokens (padding included) in one forward pass.
+PREFILL_TOKENS = 16384
+
+
+class TorchEngine:
+    """See :class:`liubai.rollout.engine.Engine`. ``model`` is the engine's own copy of the weights.
+
+    ``slots`` answers are written at once; ``max_length`` bounds prompt + completion.
+    """
+
+    def __init__(
+        self, model: Transformer, *, eos_ids: Sequence[int], slots: int = 256, max_length: int = 1024
+    ) -> None:
+        self.model = model
+        parameter = next(model.parameters())
+        self.device = device = parameter.device
+        self.slots, self.max_length = slots, max_length
+        self._version = -1
+        self._eos = torch.tensor(sorted(eos_ids), device=device)
+        self._cache = BandedCache(model.config, max_length, parameter.dtype, device)
+        self._queue: deque[Partial] = deque()
+        self._free = list(range(slots))[::-1]
+        self._requests: list[Request | None] = [None] * slots
+        self._order: dict[int, None] = {}  # live slots in order of admission
+        self._spans: list[list[Span]] = [[] for _ in range(slots)]
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self._last = zeros(slots)  # the token to feed next
+        self._length = zeros(slots)  # tokens in the cache
+        self._count = zeros(slots)  # completion tokens so far
+        self._budget = zeros(slots)
+        self._seed = zeros(slots)
+        self._temperature = zeros(slots, dtype=torch.float32)
+        self._top_p = zeros(slots, dtype=torch.float32)
+        self._ids = zeros(slots, max_length)
+        self._logprobs = zeros(slots, max_length, dtype=torch.float32)
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def pending(self) -> int:
+        return len(self._order) + len(self._queue)
+
+    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Copy new weights in. Unfinished answers go on: what they said so far is read again under
+        the new weights, so that every later token sees one consistent cache."""
+        if version <= self._version:
+            raise StaleWeights(f"weights of version {version} are not newer than {self._version}")
+        partials = self._begun()
+        with torch.no_grad():
+            own = self.model.state_dict()
+            if own.keys() != weights.keys():
+                raise ValueError("the weights belong to a model of another shape")
+            for name, tensor in own.items():
+                tensor.copy_(weights[name])
+        self._version = version
+        self._empty()
+        self._queue.extendleft(reversed(partials))
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        self.resume([Partial(request) for request in requests])
+
+    def resume(self, partials: Sequence[Partial]) -> None:
+        for partial in partials:
+            need = len(partial.request.prompt_ids) + partial.request.max_tokens
+            if need > self.max_length:
+                raise ValueError(
+                    f"a request needs {need} tokens (prompt + max_tokens), the engine holds "
+                    f"{self.max_length}; lower max_tokens or raise max_length"
+                )
+            self._queue.append(partial)
+
+    def partials(self) -> list[Partial]:
+        return [*self._begun(), *self._queue]
+
+    def abort(self) -> list[tuple[Request, Sample]]:
+        partials = self.partials()
+        self._queue.clear()
+        self._empty()
+        return [
+            (p.request, Sample(p.request.prompt_ids, p.completion_ids, p.logprobs, Stop.ABORT, p.versions))
+            for p in partials
+            if p.completion_ids
+        ]
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Request, Sample]]:
+        if self._version < 0:
+            raise StaleWeights("the engine has no weights yet: call load first")
+        # Refilling in small lots amortises the prefill; an idle slot costs nothing meanwhile,
+        # because only live rows are in the batch.
+        if self._queue and (len(self._free) >= max(1, self.slots // 16) or not self._order):
+            self._refill()
+        if not self._order:
+            return []
+        slots = self._cache.slots()
+        length_S = self._length[slots]
+        hidden = self.model.hidden(self._last[slots], length_S, self._cache.attend(self._length))
+        count = self._count[slots]
+        top_p = self._top_p[slots]
+        ids, logprobs = sample(
+            self.model.head(hidden),
+            uniform(self._seed[slots], count),
+            self._temperature[slots],
+            top_p if bool((top_p < 1).any()) else None,
+        )
+        self._ids[slots, count] = ids
+        self._logprobs[slots, count] = logprobs
+        self._last[slots] = ids
+        self._length[slots] = length_S + 1
+        self._count[slots] = count + 1
+        ended_by_eos = torch.isin(ids, self._eos)
+        over = ended_by_eos | (count + 1 >= self._budget[slots])
+        finished = self._finish(slots[over].tolist(), ended_by_eos[over].tolist())
+        self._cache.promote(self._length)
+        return finished
+
+    def _finish(self, slots: list[int], by_eos: list[bool]) -> list[tuple[Request, Sample]]:
+        if not slots:
+            return []
+        gone = torch.zeros(self.slots, dtype=torch.bool, device=self.device)
+        gone[slots] = True
+        self._cache.remove(gone)
+        finished = []
+        for slot, eos in zip(slots, by_eos, strict=True):
+            p = self._partial(slot)
+            stop = Stop.EOS if eos else Stop.LENGTH
+            finished.append(
+                (p.request, Sample(p.request.prompt_ids, p.completion_ids, p.logprobs, stop, p.versions))
+            )
+            self._release(slot)
+        return finished
+
+    def _release(self, slot: int) -> None:
+        self._requests[slot] = None
+        self._spans[slot] = []
+        self._free.append(slot)
+        del self._order[slot]
+
+    def _partial(self, slot: int) -> Partial:
+        request = self._requests[slot]
+        assert request is not None
+        n = int(self._count[slot])
+        spans = self._spans[slot]
+        fresh = n - sum(span.count for span in spans)
+        versions = (*spans, Span(self._version, fresh)) if fresh else tuple(spans)
+        return Partial(
+            request,
+            tuple(self._ids[slot, :n].tolist()),
+            tuple(self._logprobs[slot, :n].tolist()),
+            versions,
+        )
+
+    def _begun(self) -> list[Partial]:
+        return [self._partial(slot) for slot in self._order]
+
+    def _empty(self) -> None:
+        self._cache.clear()
+        for slot in list(self._order):
+            self._release(slot)
+        self._free = list(range(self.slots))[::-1]  # slot numbers, too, must not depend on history
+
+    def _refill(self) -> None:
+        taken = [self._queue.popleft() for _ in range(min(len(self._free), len(self._queue)))]
+        slots = [self._free.pop() for _ in taken]
+        for slot, p in zip(slots, taken, strict=True):
+            r, n = p.request, len(p.completion_ids)
+            self._requests[slot], self._spans[slot] = r, list(p.versions)
+            self._order[slot] = None
+            self._last[slot] = (p.completion_ids or r.prompt_ids)[-1]
+            self._length[slot] = len(r.prompt_ids) + n - 1
+            self._count[slot], self._budget[slot], self._seed[slot] = n, r.max_tokens, r.seed
+            self._temperature[slot], self._top_p[slot] = r.temperature, r.top_p
+            if n:
+                self._ids[slot, :n] = torch.tensor(p.completion_ids, device=self.device)
+                self._logprobs[slot, :n] = torch.tensor(p.logprobs, device=self.device)
+        # all but the last token is read at once; the last is fed by the next decoding step
+        texts = [(p.request.prompt_ids + p.completion_ids)[:-1] for p in taken]
+        distinct = list(dict.fromkeys(texts))
+        row = {text: i for i, text in enumerate(distinct)}
+        for chunk in _chunks(distinct):
+            at = {row[text]: i for i, text in enumerate(chunk)}
+            mine = [i for i, text in enumerate(texts) if row[text] in at]
+            keys, values = self._prefill(chunk)
+            self._cache.admit(
+                torch.tensor([slots[i] for i in mine], device=self.device),
+                keys,
+                values,
+                torch.tensor([at[row[texts[i]]] for i in mine], device=self.device),
+                [len(texts[i]) for i in mine],
+            )
+
+    def _prefill(self, texts: Sequence[tuple[int, ...]]) -> tuple[list[Tensor], list[Tensor]]:
+        """Rotated keys and values per layer, ``[B, T, K, E]``, right-padded."""
+        T = max(1, max(map(len, texts)))
+        ids_BT = torch.zeros(len(texts), T, dtype=torch.long)
+        for i, text in enumerate(texts):
+            ids_BT[i, : len(text)] = torch.tensor(text, dtype=torch.long)
+        ids_BT = ids_BT.to(self.device)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        plain: Attend = causal()
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys.append(k)
+            values.append(v)
+            return plain(layer, q, k, v)
+
+        self.model.hidden(ids_BT, torch.arange(T, device=self.device).expand_as(ids_BT), attend)
+        return keys, values
+
+
+def _chunks(texts: Sequence[tuple[int, ...]]) -> Iterable[list[tuple[int, ...]]]:
+    """Texts in lots of similar length whose padded size stays under ``PREFILL_TOKENS``."""
+    lot: list[tuple[int, ...]] = []
+    for text in sorted(texts, key=len):
+        if lot and (len(lot) + 1) * len(text) > PREFILL_TOKENS:
+            yield lot
+            lot = []
+        lot.append(text)
+    if lot:
+        yield lot

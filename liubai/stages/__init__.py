@@ -1,0 +1,23 @@
+"""The stages: one readable loop each. This file only says where each kind lives."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from liubai.errors import UserError, nearest
+
+#: kind in a recipe -> module with a ``Config`` (a :class:`StageConfig`) and ``run(config, context)``.
+#: Modules are imported on use: torch takes seconds, a typing mistake should not.
+KINDS = {
+    "pretrain": "liubai.stages.pretrain",
+    "rl": "liubai.stages.rl",
+    "eval": "liubai.stages.evaluate",
+}
+
+
+def stage_module(kind: str) -> ModuleType:
+    """The module of a stage kind. Raises ``UserError`` for an unknown one."""
+    if kind not in KINDS:
+        raise UserError(f"unknown stage kind '{kind}'; {nearest(kind, KINDS)}")
+    return import_module(KINDS[kind])

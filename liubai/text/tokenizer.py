@@ -1,0 +1,74 @@
+"""Tokenizers: the small world's own word-level one, and any ``tokenizer.json``.
+
+Both are ``tokenizers.Tokenizer``; this wrapper adds the ids that the rest of the house needs by
+name. Text is encoded once, on the way in; completions are decoded to grade and to show, and never
+encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from liubai.errors import UserError
+
+THINK, END_THINK, ANSWER, END_ANSWER = "<think>", "</think>", "<answer>", "</answer>"
+TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
+BOS, EOS, UNKNOWN = "<|start|>", "<|end|>", "<|unknown|>"
+
+#: Words, and numbers with the sign that says their role (``=7`` a result, ``:28`` a distance).
+PIECES = r"</?[a-z]+>|<\|[a-z]+\|>|(?:->|=|:)(?:\d+|big|far)|\d+|\p{Han}+|[A-Za-z]+|\S"
+
+
+class TextTokenizer:
+    """A ``tokenizers.Tokenizer`` with named special ids.
+
+    Raises ``UserError`` when the tokenizer has no end-of-text token: an engine could never stop.
+    """
+
+    def __init__(self, backend: Tokenizer, eos: str = EOS, bos: str | None = BOS) -> None:
+        eos_id = backend.token_to_id(eos)
+        if eos_id is None:
+            raise UserError(f"the tokenizer has no end token '{eos}'; name it in config.json")
+        self.backend = backend
+        self.eos, self.bos = eos, bos
+        self.eos_id: int = eos_id
+        self.bos_id: int | None = backend.token_to_id(bos) if bos is not None else None
+        self.pad_id = self.eos_id  # safe: masks are carried, never inferred from ids
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Text of ``ids``. Tags are kept; ``skip_special`` drops only start and end tokens."""
+        if skip_special:
+            ids = [i for i in ids if i not in (self.eos_id, self.bos_id)]
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    def id_of(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
+
+    def save(self, path: Path) -> None:
+        self.backend.save(str(path))
+
+
+def word_level(vocabulary: Iterable[str]) -> TextTokenizer:
+    """The small world's tokenizer: one token a word, whole numbers as single tokens."""
+    words = dict.fromkeys([UNKNOWN, BOS, EOS, *TAGS, *vocabulary])
+    ids = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocab=ids, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(PIECES), "isolated")]
+    )
+    backend.decoder = decoders.Sequence([decoders.Replace(Regex("(?<=.)$"), " "), decoders.Fuse(), decoders.Strip(" ", 0, 1)])
+    backend.add_special_tokens([UNKNOWN, BOS, EOS])
+    return TextTokenizer(backend)
