@@ -1,0 +1,161 @@
+"""From a response to a verdict: extraction, format, then one verifier.
+
+A verifier is a name of ``VERIFIERS`` or the user's own ``checker.py:function`` / ``module:function``,
+called as ``f(gold, answer, meta)`` and returning a bool or a score from 0 to 1. Users' code runs in
+the worker processes of ``GraderPool`` only: it may hang, crash or eat memory.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from liubai.errors import UserError, nearest
+from liubai.grade.extract import END_THINK, THINK, extract
+from liubai.grade.format import check_format
+from liubai.grade.verifiers import VERIFIERS
+
+Checker = Callable[[str, str, Mapping[str, Any]], object]
+
+#: Seconds for a grader process to start and, again, to import user code: sympy on a busy machine.
+LOAD_S = 30.0
+
+_FUNCTION = re.compile(r"[A-Za-z_]\w*")
+_MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+@dataclass(frozen=True, slots=True)
+class GradeItem:
+    """One answer to judge. ``meta`` is the problem's (JSON values only), and may say ``"prefilled"``:
+    what the template wrote at the beginning of the assistant's turn."""
+
+    verifier: str
+    gold: str
+    response: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def prefilled(self) -> str:
+        """What the template prefilled. Where nobody says, a lone ``</think>`` tells of a ``<think>``."""
+        if "prefilled" in self.meta:
+            return str(self.meta["prefilled"] or "")
+        return THINK if THINK not in self.response and END_THINK in self.response else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``parts`` has ``correct`` (a score from 0 to 1) and ``format`` (0 or 1).
+
+    ``correct`` means the full score. ``answer`` is what was judged, ``None`` when there was nothing to
+    judge. With an ``error`` nothing is known: the answer is neither right nor wrong, and is counted apart.
+    """
+
+    correct: bool
+    answer: str | None
+    parts: dict[str, float]
+    error: str | None = None
+
+
+def grade(item: GradeItem) -> Verdict:
+    """Judge in this process. Never raises for any response; a bad gold gives an error verdict.
+
+    Raises ``UserError`` for an unknown verifier and ``ValueError`` for one that is not bounded.
+    """
+    verifier = VERIFIERS.get(item.verifier)
+    if verifier is None:
+        check_verifier(item.verifier)
+        raise ValueError(f"'{item.verifier}' is user code: grade it in a GraderPool")
+    return judge(item, verifier)
+
+
+def is_bounded(verifier: str) -> bool:
+    """May it run in the caller's process, its time and memory being bounded by construction?"""
+    return verifier in VERIFIERS
+
+
+def judge(item: GradeItem, checker: Checker) -> Verdict:
+    """Extract, check the format, call ``checker``; whatever it raises becomes an error verdict."""
+    prefilled = item.prefilled()
+    formatted = float(check_format(item.response, prefilled))
+    answer = extract(item.response, prefilled).answer
+    if answer is None:
+        return Verdict(False, None, {"correct": 0.0, "format": formatted})
+    try:
+        score = _score(checker(item.gold, answer, item.meta))
+    except Exception as error:
+        return error_verdict(item, f"{item.verifier} raised {describe(error)}")
+    return Verdict(score >= 1.0, answer, {"correct": score, "format": formatted})
+
+
+def error_verdict(item: GradeItem, error: str) -> Verdict:
+    """The verdict on an item that could not be judged; its answer and format are still known."""
+    prefilled = item.prefilled()
+    formatted = float(check_format(item.response, prefilled))
+    answer = extract(item.response, prefilled).answer
+    return Verdict(False, answer, {"correct": 0.0, "format": formatted}, error)
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one short line."""
+    return f"{type(error).__name__}: {str(error)[:200]}".rstrip(": ")
+
+
+def _score(result: object) -> float:
+    """A checker's result as a score. Raises ``TypeError``/``ValueError`` for anything else."""
+    if isinstance(result, bool | int | float):
+        score = float(result)
+        if math.isfinite(score) and 0.0 <= score <= 1.0:
+            return score
+        raise ValueError(f"a checker returns True, False or a score from 0 to 1, not {score}")
+    raise TypeError(f"a checker returns True, False or a score from 0 to 1, not {type(result).__name__}")
+
+
+def check_verifier(name: str) -> None:
+    """Is ``name`` a verifier? Raises ``UserError`` that says which one may be meant.
+
+    User code is not imported here, only looked for.
+    """
+    if name in VERIFIERS:
+        return
+    place, colon, function = name.rpartition(":")
+    if not colon:
+        hint = nearest(name, VERIFIERS)
+        raise UserError(f"there is no verifier '{name[:80]}'; {hint} Your own is written checker.py:function")
+    if not _FUNCTION.fullmatch(function):
+        raise UserError(f"'{function[:80]}' is not the name of a function; write checker.py:function")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise UserError(f"there is no file '{place}' for the verifier '{name}'")
+    elif not _MODULE.fullmatch(place):
+        raise UserError(f"'{place[:80]}' is neither a .py file nor a module; write checker.py:function")
+
+
+def load_checker(name: str) -> Checker:
+    """The function called ``name``. Imports user code: for worker processes only.
+
+    Raises ``UserError``, and whatever that code raises when it is imported.
+    """
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    check_verifier(name)
+    place, _, function = name.rpartition(":")
+    if place.endswith(".py"):
+        sys.path.insert(0, str(Path(place).resolve().parent))  # its neighbours, as if it were run
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        if spec is None or spec.loader is None:
+            raise UserError(f"'{place}' is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(place)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise UserError(f"there is no function '{function}' in '{place}'")
+    checker: Checker = found
+    return checker

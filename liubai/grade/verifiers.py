@@ -1,0 +1,153 @@
+"""The verifiers that need no process of their own: pure, exact, and bounded by construction.
+
+A verifier is ``(gold, answer, meta) -> bool``. It raises ``ValueError`` when the *problem* is unusable
+(its gold, or the part of its meta that the verifier reads) and never for any answer. What it cannot
+read is wrong: nothing is guessed in the answer's favour.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+from typing import Any
+
+from liubai.grade.arithmetic import RefusedError, parse_expression
+from liubai.problems.countdown import parse as parse_countdown
+
+Verifier = Callable[[str, str, Mapping[str, Any]], bool]
+
+MAX_NUMBER = 100  #: characters of a number
+MAX_EXPONENT = 300  #: of ten; beyond it nothing is computed
+
+_RESULT = re.compile(r"[ \t\n]*([-−]?)[ \t\n]*(0|[1-9][0-9]{0,8})[ \t\n]*")
+
+# "3 . 8" is how the word-level tokenizer writes 3.8: one blank on both sides or none, no other spacing,
+# so that the list "3. 8" stays refused.
+_INTEGER = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+"
+_NUMBER = re.compile(
+    rf"(?P<sign>[-+−]?) ?(?:"
+    rf"(?P<over>{_INTEGER}) ?/ ?(?P<under>{_INTEGER})"
+    rf"|(?P<whole>{_INTEGER})?(?:(?:\.| \. )(?P<part>[0-9]+)|\.?)(?:[eE](?P<power>[-+]?[0-9]{{1,4}}))?"
+    rf")(?P<percent> ?%)?"
+)
+_LETTER = re.compile(r"\( ?([A-Za-z]) ?\)[.:]?|([A-Za-z]) ?[).:]?")
+
+
+def countdown(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
+    """``"3 4 5 ->35"``: an expression that uses exactly these numbers, each once, and makes 35.
+
+    ``+ - * / ( )`` and ``× ÷ −``, integers only, exact rational arithmetic. A closing ``= 35`` may be
+    there and must then be right. See :mod:`liubai.grade.arithmetic` for all that is refused.
+    """
+    numbers, target = parse_countdown(gold)
+    if not numbers:
+        raise ValueError(f"a countdown problem without numbers: {gold[:60]!r}")
+    text, equals, result = answer.partition("=")
+    if equals:
+        claimed = _RESULT.fullmatch(result)
+        if claimed is None or int(claimed[2]) * (-1 if claimed[1] else 1) != target:
+            return False
+    try:
+        expression = parse_expression(text)
+    except RefusedError:
+        return False
+    return expression.value == target and sorted(expression.numbers) == sorted(numbers)
+
+
+def number(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
+    """Equal in value: 1,234 = 1234, 3.80 = 3.8, 1/2 = 0.5, 50% = 0.5 (and 50% ≠ 50), 1e3 = 1000.
+
+    Exact, unless ``meta["tolerance"]`` (0 ≤ t < 1) allows |answer − gold| ≤ t·|gold|. One number and
+    nothing else: no words, units, alternatives, inf or nan, no decimal comma.
+    """
+    right = parse_number(gold)
+    if right is None:
+        raise ValueError(f"not a number: {gold[:60]!r}")
+    tolerance = _tolerance(meta)
+    given = parse_number(answer)
+    return given is not None and abs(given - right) <= tolerance * abs(right)
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The exact value of one written number, ``None`` for everything else. Never raises."""
+    if len(text) > MAX_NUMBER:
+        return None
+    match = _NUMBER.fullmatch(text.strip())
+    if match is None:
+        return None
+    if match["over"] is not None:
+        under = _integer(match["under"])
+        if under == 0:
+            return None
+        value = Fraction(_integer(match["over"]), under)
+    else:
+        whole, part = match["whole"], match["part"] or ""
+        if whole is None and not part:
+            return None
+        power = int(match["power"] or 0)
+        if abs(power) > MAX_EXPONENT:
+            return None
+        value = Fraction(_integer((whole or "0") + part)) * Fraction(10) ** (power - len(part))
+    if match["percent"]:
+        value /= 100
+    return -value if match["sign"] in ("-", "−") else value
+
+
+def _integer(digits: str) -> int:
+    return int(digits.replace(",", ""))
+
+
+def _tolerance(meta: Mapping[str, Any]) -> Fraction:
+    raw = meta.get("tolerance", 0)
+    if isinstance(raw, bool) or not isinstance(raw, int | float) or not 0 <= raw < 1:
+        raise ValueError(f"meta 'tolerance' is a number from 0 up to but below 1, not {raw!r:.60}")
+    return Fraction(str(raw))
+
+
+def exact(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
+    """The same text, but for case, Unicode composition and the amount of white space."""
+    if not gold.strip():
+        raise ValueError("an empty gold answer")
+    return _plain(gold) == _plain(answer)
+
+
+def _plain(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def choice(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
+    """One letter of ``meta["choices"]`` (default "ABCD"): ``B``, ``b``, ``(B)``, ``B.``, ``B)``.
+
+    ``choices`` are the letters: a string, a list, or a mapping whose keys they are. Two letters, or a
+    letter followed by its text, are refused.
+    """
+    letters = _letters(meta.get("choices", "ABCD"))
+    right = _letter(gold)
+    if right not in letters:
+        raise ValueError(f"the gold answer {gold[:20]!r} is none of the choices {''.join(sorted(letters))}")
+    return _letter(answer) == right
+
+
+def _letters(choices: object) -> set[str]:
+    if not isinstance(choices, Iterable):
+        raise ValueError("meta 'choices' is a list of letters")
+    letters = {str(c).strip().upper() for c in choices}
+    if not letters or not all(len(c) == 1 and "A" <= c <= "Z" for c in letters):
+        raise ValueError("meta 'choices' is a list of single letters from A to Z")
+    return letters
+
+
+def _letter(text: str) -> str | None:
+    match = _LETTER.fullmatch(text.strip())
+    return (match[1] or match[2]).upper() if match else None
+
+
+#: All bounded: the time for any answer of legal length is far below a millisecond.
+VERIFIERS: dict[str, Verifier] = {
+    "countdown": countdown,
+    "number": number,
+    "exact": exact,
+    "choice": choice,
+}
