@@ -59,9 +59,11 @@ class Batch:
         )
 
     @property
-    def one_document_a_row(self) -> bool:
-        """Then plain causality is enough and attention needs no mask."""
-        return bool((self.documents_BT.amax(1) == self.documents_BT[:, 0]).all())
+    def attention_documents(self) -> Tensor | None:
+        """What ``causal`` needs: nothing when every row holds one document (causality is enough)."""
+        first_B1 = self.documents_BT[:, :1]
+        alone = bool(((self.documents_BT == first_B1) | (self.documents_BT < 0)).all())
+        return None if alone else self.documents_BT
 
 
 def place(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -105,3 +107,19 @@ def pack(sequences: Sequence[Sequence1], width: int, pad_id: int) -> Batch:
                 values[name][r, at : at + n - 1] = torch.as_tensor(v[1:], dtype=torch.float32)
             at += n
     return Batch(ids, targets, mask, positions, documents, values)
+
+
+def micro_batches(sequences: Sequence[Sequence1], pad_id: int, tokens: int) -> list[Batch]:
+    """Pack by width class (64, 128, 256 …), then cut into micro-batches of about ``tokens`` tokens.
+
+    Attention costs each token the width of its row, so short sequences share narrow rows.
+    """
+    classes: dict[int, list[Sequence1]] = {}
+    for s in sequences:
+        width = max(64, 1 << (len(s.ids) - 1).bit_length())
+        classes.setdefault(width, []).append(s)
+    return [
+        part
+        for width in sorted(classes)
+        for part in pack(classes[width], width, pad_id).split(max(1, tokens // width))
+    ]

@@ -83,8 +83,7 @@ class _RMSNorm(Function):
 
 def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    scale = square.add_(eps).rsqrt_()
+    scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
     return wide * scale, scale
 
 

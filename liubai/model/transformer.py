@@ -23,13 +23,13 @@ from liubai.model.functions import rms_norm, rotate, swiglu
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each ``[..., 1, E/2]``, of RoPE (Su et al. 2021, eq. 34) in the half-split layout.
+def rope_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of RoPE (Su et al. 2021, eq. 34), half-split layout, ``[length, 1, E/2]`` each.
 
     The angles are computed in float64: at position 10⁵ float32 angles are off by 10⁻².
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-    angles = positions.double()[..., None, None] * theta**-exponent
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    angles = torch.arange(length, dtype=torch.float64)[:, None, None] * theta**-exponent
     return angles.cos().float(), angles.sin().float()
 
 
@@ -104,6 +104,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._rope = rope_table(0, config.head_dim, config.rope_theta)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -116,11 +117,21 @@ class Transformer(nn.Module):
     def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The last hidden state ``[..., D]`` of ``ids [...]`` at ``positions [...]``."""
         x = self.embed_tokens(ids)
-        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
-        rope = cos.to(x.dtype), sin.to(x.dtype)
+        cos, sin = self._rope_until(int(positions.max()) + 1, x)
+        rope = cos[positions], sin[positions]
         for layer, block in enumerate(self.layers):
             x = block(x, rope, layer, attend)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def _rope_until(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self._rope
+        if cos.shape[0] < length or cos.dtype != like.dtype or cos.device != like.device:
+            length = max(256, 1 << (length - 1).bit_length())
+            # an ordinary tensor even when an engine asks first: training may use it later
+            with torch.inference_mode(False), torch.no_grad():
+                cos, sin = rope_table(length, self.config.head_dim, self.config.rope_theta)
+                self._rope = cos.to(like.device, like.dtype), sin.to(like.device, like.dtype)
+        return self._rope
 
     def head(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.head_weight)

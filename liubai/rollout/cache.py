@@ -17,7 +17,7 @@ from torch import Tensor
 
 from liubai.model.config import ModelConfig
 
-NARROWEST = 32
+NARROWEST = 64
 
 
 class Band:
@@ -30,6 +30,7 @@ class Band:
         self.k = torch.empty(0, dtype=dtype, device=device)
         self.v = torch.empty(0, dtype=dtype, device=device)
         self.capacity = 0
+        self.longest = 0  #: tokens of the longest row, as of the last decoding step
 
     def __len__(self) -> int:
         return self.slots.shape[0]
@@ -117,7 +118,7 @@ class BandedCache:
     def promote(self, length_S: Tensor) -> None:
         """Move rows whose next token would not fit to the next band."""
         for band, wider in zip(self.bands[:-1], self.bands[1:], strict=True):
-            if not len(band):
+            if not len(band) or band.longest < band.width:
                 continue
             rows = (length_S[band.slots] >= band.width).nonzero()[:, 0].tolist()
             if rows:
@@ -143,7 +144,7 @@ class DecodeAttend:
             if not n:
                 continue
             at_n = length_S[band.slots]
-            T = int(at_n.max()) + 1
+            T = band.longest = int(at_n.max()) + 1
             columns = torch.arange(T, device=at_n.device)
             mask_nT = torch.zeros(n, 1, T, device=at_n.device, dtype=band.k.dtype)
             mask_nT.masked_fill_(columns > at_n[:, None, None], float("-inf"))

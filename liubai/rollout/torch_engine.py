@@ -136,7 +136,7 @@ class TorchEngine:
         self._last[slots] = ids
         self._length[slots] = length_S + 1
         self._count[slots] = count + 1
-        ended_by_eos = torch.isin(ids, self._eos)
+        ended_by_eos = (ids[:, None] == self._eos).any(1)
         over = ended_by_eos | (count + 1 >= self._budget[slots])
         finished = self._finish(slots[over].tolist(), ended_by_eos[over].tolist())
         self._cache.promote(self._length)

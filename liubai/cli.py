@@ -1,0 +1,360 @@
+"""The commands, and nothing else. Heavy imports are inside the commands: ``--help`` must be quick.
+
+A user's mistake is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from liubai import __version__
+from liubai.errors import UserError
+
+if TYPE_CHECKING:
+    from liubai.grade import GradeItem
+    from liubai.rollout.engine import Engine, Request
+    from liubai.text.tokenizer import TextTokenizer
+
+app = typer.Typer(
+    help="Bring questions and a way to check answers, get a reasoning model.",
+    epilog="Example: liubai run recipes/zero.toml --out runs/first",
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="STAGE.KEY=VALUE", help="Change one key of the recipe; may be repeated."),
+]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder.", show_default="runs/NAME")]
+Live = Annotated[bool, typer.Option("--live/--no-live", help="A live picture in a terminal.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder.")]
+Seed = Annotated[int, typer.Option(min=0, help="Decides every random draw.")]
+TopP = Annotated[float, typer.Option(min=0.01, max=1.0, help="Keep the likeliest tokens of this mass.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"liubai {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: liubai run recipes/zero.toml --set zero.steps=5 --out runs/short")
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="What to do.")],
+    overrides: Set = None,
+    out: Out = None,
+    live: Live = True,
+) -> None:
+    """Run a recipe and write its report. The same command continues a run that was stopped."""
+    _run(recipe, overrides or [], out, live)
+
+
+@app.command(epilog="Example: liubai zero --set seed=1 --out runs/zero-1")
+def zero(overrides: Set = None, out: Out = None, live: Live = True) -> None:
+    """From nothing to R1-Zero: run recipes/zero.toml."""
+    _run(_shipped("zero.toml"), overrides or [], out, live)
+
+
+def _shipped(name: str) -> Path:
+    path = Path(__file__).resolve().parent.parent / "recipes" / name
+    if not path.exists():
+        raise UserError(
+            f"this installation has no recipe '{path}'; clone the repository, or give a recipe of your own: "
+            "liubai run RECIPE.toml"
+        )
+    return path
+
+
+def _run(path: Path, overrides: Sequence[str], out: Path | None, live: bool) -> None:
+    from liubai import recipe
+    from liubai.stages.view import make_view
+
+    plan = recipe.load_recipe(path, overrides)
+    folder = out or Path("runs") / plan.name
+    try:
+        with make_view(live) as view:
+            recipe.run(plan, folder, view)
+    except KeyboardInterrupt:
+        again = shlex.join(["liubai", *sys.argv[1:]])
+        print(f"liubai: stopped; what was saved is in {folder}; to continue: {again}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    from liubai.report import headline, write_report
+
+    page = write_report(folder)
+    print(headline(folder))
+    print(f"report: {page}")
+
+
+@app.command(
+    "eval", epilog="Example: liubai eval runs/zero/2-zero/checkpoint --problems countdown --samples 16"
+)
+def evaluate(
+    checkpoint: Checkpoint,
+    problems: Annotated[str, typer.Option(help="Which family of problems.")],
+    samples: Annotated[int, typer.Option(min=1, help="Answers a problem.")] = 16,
+    limit: Annotated[int, typer.Option(min=1, help="How many problems.")] = 200,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 320,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """How often is a checkpoint right, in one try and in several?"""
+    _check_checkpoint(checkpoint)
+    from liubai.stages.evaluate import evaluate_checkpoint
+    from liubai.stages.view import progress_bar
+
+    with progress_bar("answering") as progress:
+        result = evaluate_checkpoint(
+            path=checkpoint,
+            problems=problems,
+            samples=samples,
+            limit=limit,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            progress=None if as_json else progress,
+        )
+    print(json.dumps(result, ensure_ascii=False) if as_json else _table(result))
+
+
+def _table(result: dict[str, Any]) -> str:
+    rows: list[tuple[str, str]] = []
+    for name, value in result.items():
+        inner = value.items() if isinstance(value, dict) else [(None, value)]
+        for key, number in inner:
+            if isinstance(number, (int, float, str)):
+                label = name if key is None else f"{name} {key}"
+                rows.append((label, f"{number:.4g}" if isinstance(number, float) else str(number)))
+    width = max((len(label) for label, _ in rows), default=0)
+    return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
+
+
+def _check_checkpoint(folder: Path) -> None:
+    """Raises ``UserError`` before anything heavy is imported."""
+    if (folder / "config.json").is_file():
+        return
+    if not folder.is_dir():
+        raise UserError(f"there is no checkpoint folder '{folder}'")
+    inside = sorted(path.parent for path in folder.glob("**/checkpoint/config.json"))
+    hint = f"; did you mean '{inside[-1]}'?" if inside else ""
+    raise UserError(f"'{folder}' is not a checkpoint: it has no config.json{hint}")
+
+
+@app.command(epilog="Example: liubai grade answers.jsonl > verdicts.jsonl")
+def grade(
+    file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="Answers to judge; '-' is stdin.")],
+    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds that one verdict may take.")] = 5.0,
+    workers: Annotated[int, typer.Option(min=1, help="Grading processes.")] = 2,
+) -> None:
+    """Judge answers: lines {"verifier", "gold", "response", "meta"?} in, one verdict a line out."""
+    from liubai.grade import grade_lines
+    from liubai.stages.view import progress_bar
+
+    # every line is read before the first is judged: a bad file must not give half an answer
+    items = list(_items(_lines(file), file))
+    with progress_bar("grading") as progress:
+        for done, verdict in enumerate(grade_lines(items, timeout_s=timeout, workers=workers), 1):
+            line: dict[str, Any] = {
+                "correct": verdict.correct,
+                "answer": verdict.answer,
+                "parts": dict(verdict.parts),
+            }
+            if verdict.error:
+                line["error"] = verdict.error
+            print(json.dumps(line, ensure_ascii=False))
+            if progress:
+                progress(done, len(items))
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read '{file}': {error.strerror}") from None
+    try:
+        return data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{number}: not UTF-8 text") from None
+
+
+def _items(lines: Iterable[str], file: str) -> Iterator[GradeItem]:
+    """The items of a JSONL file; blank lines are skipped. Raises ``UserError`` naming file:line."""
+    from liubai.grade import GradeItem
+    from liubai.grade.judge import check_verifier
+
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file}:{number}"
+        try:
+            raw = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise UserError(f"{where}: must be a JSON object with 'verifier', 'gold' and 'response'")
+        for key in ("verifier", "gold", "response"):
+            if key not in raw:
+                raise UserError(f"{where}: '{key}' is missing")
+            if not isinstance(raw[key], str):
+                raise UserError(f"{where}: '{key}' must be a string, not {json.dumps(raw[key])[:40]}")
+        meta = raw.get("meta") or {}
+        if not isinstance(meta, dict):
+            raise UserError(f"{where}: 'meta' must be an object, not {json.dumps(meta)[:40]}")
+        try:
+            check_verifier(raw["verifier"])
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        yield GradeItem(raw["verifier"], raw["gold"], raw["response"], meta)
+
+
+@app.command(epilog="Example: liubai report runs/zero")
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Write the report of a run again."""
+    if not (run / "recipe.toml").is_file():
+        raise UserError(f"'{run}' is not a run folder: it has no recipe.toml")
+    from liubai.report import write_report
+
+    print(f"report: {write_report(run)}")
+
+
+@app.command(epilog="Example: liubai chat runs/zero/2-zero/checkpoint --no-show-thinking")
+def chat(
+    checkpoint: Checkpoint,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.6,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 1024,
+    show_thinking: Annotated[bool, typer.Option(help="Show the thought, dimmed.")] = True,
+    seed: Seed = 0,
+) -> None:
+    """Ask a checkpoint questions; every question stands alone. Ctrl-D or Ctrl-C leaves."""
+    _check_checkpoint(checkpoint)
+    from liubai.model.checkpoint import load
+    from liubai.rollout.engine import Request
+    from liubai.rollout.torch_engine import TorchEngine
+    from liubai.seeds import derive
+    from liubai.text.template import template_for
+
+    model, tokenizer = load(checkpoint)
+    template = template_for(tokenizer, checkpoint)
+    room = min(model.config.max_position_embeddings, max_tokens + 2048)
+    engine = TorchEngine(model, eos_ids=[tokenizer.eos_id], slots=1, max_length=room)
+    engine.load(model.state_dict(), version=0)
+    turn = 0
+    try:
+        while True:
+            question = input("> ").strip()
+            prompt = tuple(template.prompt_ids(question)) if question else ()
+            if not prompt:
+                continue
+            if len(prompt) >= room:
+                print(f"the question has {len(prompt)} tokens, the model takes {room}", file=sys.stderr)
+                continue
+            budget = min(max_tokens, room - len(prompt))
+            request = Request(
+                id=turn,
+                prompt_ids=prompt,
+                max_tokens=budget,
+                seed=derive(seed, "chat", turn),
+                temperature=temperature,
+            )
+            _show(_texts(engine, tokenizer, request), template.prefilled, show_thinking)
+            turn += 1
+    except (EOFError, KeyboardInterrupt):
+        print()
+
+
+def _texts(engine: Engine, tokenizer: TextTokenizer, request: Request) -> Iterator[tuple[str, bool]]:
+    """The whole text so far after every token, and whether it is complete."""
+    engine.submit([request])
+    while engine.pending:
+        ended = engine.step()
+        ids = ended[0][1].completion_ids if ended else engine.partials()[0].completion_ids
+        yield tokenizer.decode(ids, skip_special=True), bool(ended)
+
+
+def _show(texts: Iterable[tuple[str, bool]], prefilled: str, show_thinking: bool) -> None:
+    """Print an answer as it grows: the thought dimmed (or not at all), then the answer."""
+    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+    shown = ["", ""]  # of the thought, of the answer
+    if not show_thinking and dim:
+        print(f"{dim}thinking…{plain}", flush=True)
+    for text, complete in texts:
+        for i, part in enumerate(split_thought(text, prefilled, complete)):
+            # a longer text never takes back what a shorter one said
+            fresh = part[len(shown[i]) :]
+            if not fresh or (i == 0 and not show_thinking):
+                continue
+            gap = "\n" if i == 1 and not shown[1] and shown[0] else ""
+            print(gap + (dim + fresh + plain if i == 0 else fresh), end="", flush=True)
+            shown[i] = part
+    print()
+
+
+def split_thought(text: str, prefilled: str, complete: bool) -> tuple[str, str]:
+    """``text`` as (thought, answer), without the tags.
+
+    While it is not ``complete``, an ending that may become a tag or a character is held back.
+    """
+    begin, end = "<think>", "</think>"
+    if not complete:
+        text = text.rstrip("\ufffd")
+        longest = max((n for n in range(1, len(end)) if text.endswith((begin[:n], end[:n]))), default=0)
+        text = text[: len(text) - longest]
+    if prefilled != begin:
+        if not text.lstrip().startswith(begin):
+            return "", text.strip() if complete else text.lstrip()
+        text = text.lstrip().removeprefix(begin)
+    thought, _, answer = text.partition(end)
+    return thought.lstrip(), answer.lstrip()
+
+
+def main() -> int:
+    """The console script. Every way out is here: a user's mistake is one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # what a terminal cannot show is spelt out, as JSON would, and never an exception
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            app(prog_name="liubai")
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can still be caught
+    except UserError as error:
+        print("liubai: " + " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"liubai: permission denied: '{error.filename}'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # the reader has gone (| head); nothing is left to say, not even by the interpreter at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""One policy update from groups of graded samples: what the loss formulas become in practice."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from liubai.learn.advantages import group_advantages, has_variance
+from liubai.learn.logprobs import token_logprobs
+from liubai.learn.losses import LossConfig, LossInputs, grpo_loss, token_weights
+from liubai.learn.optim import Optimizer
+from liubai.learn.packing import Batch, Sequence1, micro_batches
+from liubai.model.transformer import Transformer, causal
+from liubai.types import Group, Sample
+
+
+class WeightsDisagree(Exception):
+    """Sampler and trainer give the same tokens different log-probabilities: the new weights did not
+    reach the engine, or it computes something else. Training on would be a slow collapse."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateConfig:
+    """``minibatches`` optimizer steps over the groups, in order; 1 is strictly on-policy."""
+
+    loss: LossConfig
+    normalize_std: bool
+    minibatches: int
+    max_tokens: int
+    temperature: float
+    tokens_per_microbatch: int
+    #: mean |Δ log-probability| above which engine and trainer are said to disagree
+    tolerance: float = 0.02
+
+
+def update(
+    model: Transformer,
+    optimizer: Optimizer,
+    groups: Sequence[Group],
+    config: UpdateConfig,
+    *,
+    version: int,
+    pad_id: int,
+    lr_scale: float = 1.0,
+    reference: Transformer | None = None,
+) -> dict[str, float]:
+    """Improve ``model`` on ``groups``; returns what to log.
+
+    ``version`` is that of the trainer's weights: samples that it wrote must have the trainer's own
+    log-probabilities (raises :class:`WeightsDisagree`). Groups whose rewards are all equal are left
+    out before any denominator is computed. A non-finite step changes nothing and is counted.
+    """
+    rewards_PG = torch.tensor([[r.total for r in g.rewards] for g in groups], dtype=torch.float64)
+    kept_P = has_variance(rewards_PG)
+    best = rewards_PG.amax(dim=1)
+    top = float(rewards_PG.max())
+    metrics = {
+        "zero_variance": 1 - float(kept_P.double().mean()),
+        "zero_variance/right": float((~kept_P & (best == top) & (best > 0)).double().mean()),
+    }
+    metrics["zero_variance/wrong"] = metrics["zero_variance"] - metrics["zero_variance/right"]
+    kept = [g for g, keep in zip(groups, kept_P.tolist(), strict=True) if keep]
+    if not kept:
+        return metrics
+    advantages_PG = group_advantages(rewards_PG[kept_P], normalize_std=config.normalize_std)
+    pairs = [
+        (sample, float(advantage))
+        for group, advantages in zip(kept, advantages_PG, strict=True)
+        for sample, advantage in zip(group.samples, advantages, strict=True)
+    ]
+    sums: dict[str, float] = defaultdict(float)
+    norms: list[float] = []
+    per_minibatch = -(-len(pairs) // config.minibatches)
+    for i in range(0, len(pairs), per_minibatch):
+        part = pairs[i : i + per_minibatch]
+        batches = micro_batches(sequences(part, config, version), pad_id, config.tokens_per_microbatch)
+        old = _old_logprobs(model, batches, config) if config.loss.importance_cap else None
+        for b, batch in enumerate(batches):
+            seen = _backward(model, batch, config, old[b] if old else None, reference)
+            if i == 0:
+                _check_agreement(seen, config.tolerance)
+            for name, value in seen.items():
+                sums[name] += value
+        norms.append(optimizer.step(lr_scale))
+    tokens = max(1.0, sums.pop("tokens"))
+    fresh, fresh_gap = sums.pop("fresh"), sums.pop("fresh_gap")
+    weight, squared = sums.pop("importance"), sums.pop("importance_squared")
+    metrics |= {name: value / tokens for name, value in sums.items() if name != "loss"}
+    metrics |= {
+        "loss": sums["loss"],
+        "logprob_gap/fresh": fresh_gap / max(1.0, fresh),
+        "ess": weight**2 / (tokens * squared) if squared else 1.0,
+        "grad_norm": sum(norms) / len(norms),
+        "updates": len(norms),
+        "skipped": sum(norm != norm or norm == float("inf") for norm in norms),
+        "update_tokens": tokens,
+    }
+    return metrics
+
+
+def sequences(
+    pairs: Sequence[tuple[Sample, float]], config: UpdateConfig, version: int
+) -> list[Sequence1]:
+    """Samples with their advantages as packable sequences; only completion tokens are learned."""
+    lengths = [len(s.completion_ids) for s, _ in pairs]
+    weights = token_weights(lengths, config.loss.aggregation, config.max_tokens)
+    packed = []
+    for (s, advantage), weight, n in zip(pairs, weights, lengths, strict=True):
+        blank = [0.0] * len(s.prompt_ids)
+        fresh = [float(span.version == version) for span in s.versions for _ in range(span.count)]
+        packed.append(
+            Sequence1(
+                ids=s.prompt_ids + s.completion_ids,
+                learn=[False] * len(s.prompt_ids) + [True] * n,
+                values={
+                    "logprobs": blank + list(s.logprobs),
+                    "advantages": blank + [advantage] * n,
+                    "weights": blank + [weight] * n,
+                    "fresh": blank + fresh,
+                },
+            )
+        )
+    return packed
+
+
+def batch_logprobs(model: Transformer, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities ``[B, T]`` of the batch's targets (0 off the mask) and entropies ``[N]``."""
+    hidden_BTD = model.hidden(batch.ids_BT, batch.positions_BT, causal(batch.attention_documents))
+    logprobs_N, entropy_N = token_logprobs(
+        hidden_BTD[batch.mask_BT], model.head_weight, batch.targets_BT[batch.mask_BT], temperature
+    )
+    logprobs_BT = torch.zeros(batch.mask_BT.shape, device=logprobs_N.device)
+    return logprobs_BT.masked_scatter(batch.mask_BT, logprobs_N), entropy_N
+
+
+def _backward(
+    model: Transformer,
+    batch: Batch,
+    config: UpdateConfig,
+    old_BT: Tensor | None,
+    reference: Transformer | None,
+) -> dict[str, float]:
+    logprobs_BT, entropy_N = batch_logprobs(model, batch, config.temperature)
+    sampler_BT = batch.values["logprobs"]
+    reference_BT = None
+    if reference is not None:
+        with torch.no_grad():
+            reference_BT, _ = batch_logprobs(reference, batch, config.temperature)
+    loss, sums = grpo_loss(
+        LossInputs(
+            logprobs_BT=logprobs_BT,
+            old_logprobs_BT=sampler_BT if old_BT is None else old_BT,
+            sampler_logprobs_BT=sampler_BT,
+            advantages_BT=batch.values["advantages"],
+            weights_BT=batch.values["weights"],
+            mask_BT=batch.mask_BT,
+            reference_logprobs_BT=reference_BT,
+        ),
+        config.loss,
+    )
+    loss.backward()  # type: ignore[no-untyped-call]
+    fresh_BT = batch.mask_BT & (batch.values["fresh"] > 0)
+    gap_BT = (logprobs_BT.detach() - sampler_BT).abs()
+    sums |= {
+        "loss": loss.detach(),
+        "entropy": entropy_N.sum(),
+        "fresh": fresh_BT.sum(),
+        "fresh_gap": gap_BT[fresh_BT].sum(),
+    }
+    return {name: float(value) for name, value in sums.items()}
+
+
+@torch.no_grad()
+def _old_logprobs(model: Transformer, batches: Sequence[Batch], config: UpdateConfig) -> list[Tensor]:
+    return [batch_logprobs(model, batch, config.temperature)[0] for batch in batches]
+
+
+def _check_agreement(seen: dict[str, float], tolerance: float) -> None:
+    gap = seen["fresh_gap"] / max(1.0, seen["fresh"])
+    if gap > tolerance:
+        raise WeightsDisagree(
+            f"engine and trainer disagree on tokens that the current weights wrote: mean |Δ log-prob| "
+            f"is {gap:.3f} (tolerance {tolerance}); the weights did not reach the engine"
+        )

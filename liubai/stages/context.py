@@ -1,0 +1,309 @@
+"""What a stage gets: its folder, its inputs, a place for numbers, and a way to be killed safely.
+
+The loop in which a context belongs::
+
+    first = 0
+    if state := context.restore():
+        first = state.step                      # … and load state.tensors, state.meta
+    for step in range(first, config.steps):
+        ...
+        context.log(step + 1, config.steps, {"loss": loss})
+        if (step + 1) % config.save_every == 0:
+            context.save(step + 1, tensors, {"cursor": cursor})
+
+A saved state remembers how long the logs were when it was made. Steps that were logged after it and
+then lost are cut off on ``restore``, so the logs of a killed and resumed run equal those of a run
+that was left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liubai import files
+from liubai.errors import UserError
+from liubai.stages.view import View
+
+if TYPE_CHECKING:
+    import torch
+
+METRICS, SAMPLES, WARNINGS = "metrics.jsonl", "samples.jsonl", "warnings.jsonl"
+LOGS = (METRICS, SAMPLES, WARNINGS)
+TENSORS, META = "tensors.safetensors", "meta.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """A resume point: ``step`` steps are done. ``tensors`` are on the CPU."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    meta: dict[str, Any]
+
+
+@dataclass
+class Context:
+    """Made by the runner, one a stage. ``inputs``: stage name -> folder of that finished stage."""
+
+    folder: Path
+    seed: int
+    inputs: Mapping[str, Path]
+    view: View
+    stage: str = ""
+    fingerprint: str = ""
+    _before: float = field(default=0.0, init=False)  # seconds of work before this session
+    _started: float = field(default_factory=time.monotonic, init=False)
+    _scalars: Any = field(default=None, init=False)  # TensorBoard's writer, made on first use
+    _restored_step: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.stage = self.stage or self.folder.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work in this stage, over all its sessions; work that was lost is not counted."""
+        return self._before + time.monotonic() - self._started
+
+    def parent_checkpoint(self) -> Path:
+        """The checkpoint of the one stage that this one is ``from``. Raises ``UserError`` otherwise."""
+        if len(self.inputs) != 1:
+            names = ", ".join(self.inputs) or "none"
+            raise UserError(
+                f"stage '{self.stage}' starts from the checkpoint of exactly one earlier stage; "
+                f"its 'from' names {names}"
+            )
+        ((name, folder),) = self.inputs.items()
+        if not (folder / "checkpoint").is_dir():
+            raise UserError(f"stage '{self.stage}' needs a checkpoint, but stage '{name}' wrote none")
+        return folder / "checkpoint"
+
+    def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """One line of numbers after ``step`` of ``total`` steps. What is not finite becomes null.
+
+        Raises ``ValueError`` for metrics called ``step`` or ``time``, ``UserError`` when the disk is full.
+        """
+        if reserved := {"step", "time"} & metrics.keys():
+            raise ValueError(f"a metric cannot be called '{reserved.pop()}'")
+        numbers = {name: _number(value) for name, value in metrics.items()}
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        line = {"step": step, "time": round(self.seconds, 3)}
+        self._append(METRICS, [line | {name: finite.get(name) for name in numbers}])
+        with files.naming_full_disk(self._tensorboard_folder):
+            self._tensorboard(step, finite)
+        self.view.update(self.stage, step, total, numbers)
+
+    def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Keep ``records`` (JSON values) of ``step``, to be read by the report."""
+        self._append(SAMPLES, [{"step": step, **_finite(record)} for record in records])
+
+    def warn(self, message: str) -> None:
+        """Show a warning, and keep it for the report."""
+        self._append(WARNINGS, [{"time": round(self.seconds, 3), "message": message}])
+        self.view.warn(f"{self.stage}: {message}")
+
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
+        """Make a resume point after ``step`` steps, replacing the last one atomically.
+
+        ``meta`` holds JSON values. Raises ``UserError`` when the disk is full: the last one stays.
+        """
+        if self._scalars is not None:
+            with files.naming_full_disk(self._tensorboard_folder):
+                self._scalars.flush()
+        lengths = {name: files.sync_file(self.folder / name) for name in LOGS}
+        with files.atomic_folder(self.folder / "state") as new:
+            _write_tensors(new / TENSORS, tensors)
+            files.write_json(
+                new / META,
+                {
+                    "step": step,
+                    "seconds": self.seconds,
+                    "fingerprint": self.fingerprint,
+                    "lengths": lengths,
+                    "sha256": _digest(new / TENSORS),
+                    "meta": dict(meta),
+                },
+            )
+
+    def restore(self) -> State | None:
+        """The last resume point, with the logs cut back to it; None (and a clean folder) without one.
+
+        To be called before anything is logged.
+        Raises ``UserError`` when the saved state is damaged.
+        """
+        files.sweep(self.folder)
+        state = self.folder / "state"
+        if not state.exists():
+            self._wipe()
+            return None
+        saved = read_meta(state)
+        tensors = _read_tensors(state / TENSORS, saved["sha256"])
+        for name in LOGS:
+            _truncate(self.folder / name, saved["lengths"].get(name, 0), state)
+        self._before, self._started = saved["seconds"], time.monotonic()
+        self._restored_step = saved["step"]
+        return State(saved["step"], tensors, saved["meta"])
+
+    def finish(self) -> None:
+        """Mark the stage as done; the mark is the last thing written. The resume point goes after it."""
+        self.close()
+        for name in LOGS:
+            files.sync_file(self.folder / name)
+        done = {"fingerprint": self.fingerprint, "seconds": round(self.seconds, 3)}
+        files.write_json(self.folder / "DONE", done)
+        files.remove_folder(self.folder / "state")
+
+    def close(self) -> None:
+        """Write out what TensorBoard's writer still holds. Safe to call twice."""
+        if self._scalars is not None:
+            writer, self._scalars = self._scalars, None
+            with files.naming_full_disk(self._tensorboard_folder):
+                writer.close()
+
+    def _append(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+        files.append(self.folder / name, "".join(lines))
+
+    def _wipe(self) -> None:
+        for entry in list(self.folder.iterdir()):
+            if entry.is_dir():
+                files.remove_folder(entry)
+            else:
+                entry.unlink()
+        if self._tensorboard_folder.exists():
+            files.remove_folder(self._tensorboard_folder)
+
+    @property
+    def _tensorboard_folder(self) -> Path:
+        return self.folder.parent / "tensorboard" / self.stage
+
+    def _tensorboard(self, step: int, metrics: Mapping[str, float]) -> None:
+        # not torch.utils.tensorboard: it costs seconds to import
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        if self._scalars is None:
+            folder = str(self._tensorboard_folder)
+            self._scalars = EventFileWriter(folder, flush_secs=10)  # type: ignore[no-untyped-call]
+            if self._restored_step is not None:
+                # tells TensorBoard to forget the steps that were logged and then lost
+                start = SessionLog(status=SessionLog.START)
+                self._scalars.add_event(
+                    Event(wall_time=time.time(), step=self._restored_step + 1, session_log=start)
+                )
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._scalars.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+
+def read_meta(state: Path) -> dict[str, Any]:
+    """``meta.json`` of a saved state, checked. Raises ``UserError`` when it is damaged."""
+    try:
+        saved = files.read_json(state / META)
+        shapes = {"step": int, "fingerprint": str, "lengths": dict, "sha256": str, "meta": dict}
+        for name, kind in shapes.items():
+            if not isinstance(saved.get(name), kind):
+                raise ValueError(f"no '{name}'")
+        saved["seconds"] = float(saved["seconds"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(state / META, state, error) from error
+    return saved
+
+
+def read_done(folder: Path) -> dict[str, Any] | None:
+    """What a finished stage's ``DONE`` says; None while it is not finished.
+
+    Raises ``UserError`` when the file is damaged.
+    """
+    path = folder / "DONE"
+    if not path.exists():
+        return None
+    try:
+        done = files.read_json(path)
+        if not isinstance(done.get("fingerprint"), str):
+            raise ValueError("no 'fingerprint'")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"'{path}' is damaged ({error}); delete the folder '{folder}' to run its stage again"
+        ) from error
+    return done
+
+
+def _damaged(path: Path, state: Path, error: object) -> UserError:
+    return UserError(
+        f"the saved state '{path}' is damaged ({error}); delete the folder '{state}' to begin its stage again"
+    )
+
+
+def _number(value: float) -> float:
+    # tensors and numpy scalars too; whole numbers stay whole
+    return value if type(value) is int else float(value)
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with null for every number that JSON does not know."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    if not tensors:  # a stage without tensors does not pay for importing torch
+        path.write_bytes(b"")
+        return
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    ready = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # the format refuses tensors that share memory: tied weights are written twice
+        ready[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    save_file(ready, path)
+
+
+def _read_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
+    try:
+        # the format notices a short file, not a flipped bit
+        if _digest(path) != sha256:
+            raise ValueError("its checksum differs")
+        if path.stat().st_size == 0:
+            return {}
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, path.parent, error) from error
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _truncate(path: Path, length: int, state: Path) -> None:
+    """Cut a log back to ``length`` bytes; 0 removes it."""
+    have = path.stat().st_size if path.exists() else 0
+    if have < length:
+        raise UserError(
+            f"'{path}' is shorter than when the state was saved ({have} of {length} bytes); "
+            f"delete the folder '{state}' to begin its stage again"
+        )
+    if length == 0:
+        path.unlink(missing_ok=True)
+    elif have > length:
+        os.truncate(path, length)

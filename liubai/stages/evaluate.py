@@ -1,0 +1,212 @@
+"""Evaluation: sample answers to held-out problems and measure them. A stage, and a library call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from liubai.errors import UserError
+from liubai.files import write_json
+from liubai.grade import GradeItem, GraderPool, Verdict, grade, is_bounded
+from liubai.measure.passk import clustered_stderr, cons_at_k, pass_curve
+from liubai.measure.reflection import count_reflections
+from liubai.model.checkpoint import load
+from liubai.problems import family, problem_at
+from liubai.rollout.engine import Engine, Request
+from liubai.rollout.torch_engine import TorchEngine
+from liubai.seeds import derive
+from liubai.stages.config import StageConfig
+from liubai.stages.context import Context
+from liubai.text.template import Template, template_for, text_of
+from liubai.types import Problem, Sample, Stop
+
+Progress = Callable[[int, int], None]
+
+
+class Config(StageConfig):
+    problems: str = "countdown"
+    label: str = ""
+    limit: int = Field(200, gt=0, description="held-out problems")
+    samples: int = Field(16, gt=0, description="answers a problem")
+    max_tokens: int = Field(320, gt=0)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    slots: int = Field(256, gt=0)
+    blank: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Answers by problem: ``samples[i][j]`` is the j-th answer to ``problems[i]``."""
+
+    problems: Sequence[Problem]
+    samples: list[list[Sample]]
+    responses: list[list[str]]
+    verdicts: list[list[Verdict]]
+
+    @property
+    def correct(self) -> list[list[bool]]:
+        return [[v.correct for v in row] for row in self.verdicts]
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of ``liubai eval --json`` and ``eval.json``; shares are of all answers."""
+        k = len(self.samples[0])
+        samples = [s for row in self.samples for s in row]
+        right = [v for row in self.correct for v in row]
+        lengths = [len(s.completion_ids) for s in samples]
+        formatted = [v.parts["format"] > 0 for row in self.verdicts for v in row]
+        ended = [s.stop is Stop.EOS for s in samples]
+        ks = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= k]
+        answers = [[v.answer for v in row] for row in self.verdicts]
+        figures: dict[str, Any] = {"pass@1": pass_curve(self.correct, [1])[1]}
+        if k > 1:
+            figures[f"pass@{k}"] = pass_curve(self.correct, [k])[k]
+            figures[f"cons@{k}"] = cons_at_k(answers, self.correct, key=lambda a: "".join(a.split()))
+        return figures | {
+            "mean_tokens": _mean(lengths),
+            "tokens_right": _mean([n for n, ok in zip(lengths, right, strict=True) if ok]),
+            "tokens_wrong": _mean([n for n, ok in zip(lengths, right, strict=True) if not ok]),
+            "format": _mean([f and e for f, e in zip(formatted, ended, strict=True)]),
+            "reflections": _mean([count_reflections(r) for row in self.responses for r in row]),
+            "truncated": 1 - _mean(ended),
+            "grade_errors": sum(v.error is not None for row in self.verdicts for v in row),
+            "n_problems": len(self.problems),
+            "samples": k,
+            "pass@k": {str(n): p for n, p in pass_curve(self.correct, ks).items()},
+            "stderr": clustered_stderr(self.correct),
+        }
+
+    def as_metrics(self) -> dict[str, float]:
+        """The few figures that RL logs while it runs."""
+        figures, k = self.summary(), len(self.samples[0])
+        named = {
+            "eval/pass@1": "pass@1",
+            "eval/pass@k": f"pass@{k}",
+            "eval/cons@k": f"cons@{k}",
+            "eval/length": "mean_tokens",
+            "eval/reflections": "reflections",
+            "eval/format": "format",
+        }
+        return {metric: figures[name] for metric, name in named.items() if name in figures}
+
+
+def evaluate(
+    engine: Engine,
+    template: Template,
+    problems: Sequence[Problem],
+    *,
+    samples: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    top_p: float = 1.0,
+    pool: GraderPool | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Sample and grade. Verifiers that are not bounded by construction need a ``pool``."""
+    requests = [
+        Request(
+            id=i * samples + j,
+            prompt_ids=tuple(template.prompt_ids(problem.prompt)),
+            max_tokens=max_tokens,
+            seed=derive(seed, "eval", i, j),
+            temperature=temperature,
+            top_p=top_p,
+        )
+        for i, problem in enumerate(problems)
+        for j in range(samples)
+    ]
+    done: dict[int, Sample] = {}
+    engine.submit(requests)
+    while engine.pending:
+        finished = engine.step()
+        done.update((request.id, sample) for request, sample in finished)
+        if progress and finished:
+            progress(len(done), len(requests))
+    prefilled = template.prefilled
+    responses = [text_of(template, done[r.id]) for r in requests]
+    items = [
+        GradeItem(p.verifier, p.gold, responses[i * samples + j], {**p.meta, "prefilled": prefilled})
+        for i, p in enumerate(problems)
+        for j in range(samples)
+    ]
+    if pool and not all(is_bounded(item.verifier) for item in items):
+        verdicts = pool.gather(pool.submit(items))
+    else:
+        verdicts = [grade(item) for item in items]
+
+    def rows(flat: Sequence[Any]) -> list[list[Any]]:
+        return [list(flat[i : i + samples]) for i in range(0, len(flat), samples)]
+
+    return Evaluation(problems, rows([done[r.id] for r in requests]), rows(responses), rows(verdicts))
+
+
+def evaluate_checkpoint(
+    path: Path,
+    problems: str,
+    samples: int,
+    limit: int,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    progress: Progress | None = None,
+    slots: int = 256,
+    thinking: bool = True,
+) -> dict[str, Any]:
+    """What ``liubai eval`` prints. Raises ``UserError`` for a bad checkpoint or problem family."""
+    kind = family(problems)
+    model, tokenizer = load(path)
+    template = template_for(tokenizer, path, thinking=thinking)
+    held_out = [problem_at(kind, "eval", seed, i) for i in range(limit)]
+    longest = max(len(template.prompt_ids(p.prompt)) for p in held_out) + max_tokens
+    if longest > model.config.max_position_embeddings:
+        raise UserError(
+            f"max_tokens {max_tokens} and the prompt need {longest} positions; the model has "
+            f"{model.config.max_position_embeddings}"
+        )
+    engine = TorchEngine(model, eos_ids=[tokenizer.eos_id], slots=slots, max_length=longest)
+    engine.load(model.state_dict(), version=0)
+    with GraderPool() as pool:
+        result = evaluate(
+            engine,
+            template,
+            held_out,
+            samples=samples,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            pool=pool,
+            progress=progress,
+        )
+    return {"problems": problems, **result.summary()}
+
+
+def run(config: Config, context: Context) -> None:
+    figures = evaluate_checkpoint(
+        context.parent_checkpoint(),
+        config.problems,
+        config.samples,
+        config.limit,
+        config.max_tokens,
+        config.temperature,
+        config.top_p,
+        derive(context.seed, "eval"),
+        slots=config.slots,
+        thinking=config.blank,
+    )
+    (parent,) = context.inputs
+    write_json(context.folder / "eval.json", {"label": config.label or parent, **figures})
+    numbers = {n: float(v) for n, v in figures.items() if isinstance(v, int | float)}
+    context.log(1, 1, numbers)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+

@@ -1,0 +1,208 @@
+"""R1-Zero: pure reinforcement learning on outcome rewards. No critic, no reward model, no examples.
+
+The loop: take problems, let the engine write a group of answers to each, check the answers, push up
+what did better than its group and down what did worse. Left out on purpose: curricula, replay,
+entropy bonuses.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pydantic import Field
+
+from liubai.grade import GraderPool, RewardWeights
+from liubai.learn.losses import LossConfig
+from liubai.learn.optim import Optimizer
+from liubai.learn.update import UpdateConfig, update
+from liubai.model.checkpoint import load, save_checkpoint
+from liubai.model.transformer import Transformer
+from liubai.problems import family, problem_at
+from liubai.rollout.torch_engine import TorchEngine
+from liubai.seeds import derive, stream
+from liubai.stages.config import StageConfig
+from liubai.stages.context import Context
+from liubai.stages.evaluate import Evaluation, evaluate
+from liubai.stages.rl_metrics import probe_records, rollout_metrics, shuffle_rewards
+from liubai.stages.rollouts import Rollouts
+from liubai.text.template import template_for
+from liubai.types import Problem
+
+#: A run stops after this many non-finite steps in a row.
+MAX_SKIPPED = 3
+
+
+class Config(StageConfig):
+    steps: int = Field(gt=0)
+    problems: dict[str, float] = {"countdown": 1.0}
+    groups: int = Field(32, gt=0, description="problems a step")
+    samples: int = Field(16, gt=1, description="answers a problem")
+    max_tokens: int = Field(320, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    lr: float = Field(3e-4, gt=0)
+    warmup: int = Field(0, ge=0, description="steps")
+    decay: float = Field(0.0, ge=0, le=1, description="share of the steps in which lr falls to 0")
+    minibatches: int = Field(1, gt=0)
+    tokens_per_microbatch: int = Field(4096, gt=0)
+    max_norm: float = Field(1.0, gt=0)
+    loss: LossConfig = LossConfig(aggregation="token-mean")
+    normalize_std: bool = True
+    reference_every: int = Field(400, gt=0, description="steps between refreshes of the KL reference")
+    rewards: RewardWeights = RewardWeights()
+    slots: int = Field(256, gt=0, description="answers written at once")
+    inflight: bool = False
+    grader_timeout: float = Field(5.0, gt=0, description="seconds a verdict may take")
+    #: controls: without the blank, and with the rewards of each group dealt out at random
+    blank: bool = True
+    shuffle_rewards: bool = False
+    eval_every: int = Field(10, gt=0)
+    eval_problems: int = Field(64, gt=0)
+    eval_samples: int = Field(4, gt=0)
+    probes: int = Field(3, ge=0, description="held-out prompts whose answers are kept at every eval")
+    save_every: int = Field(10, gt=0)
+
+
+def run(config: Config, context: Context) -> None:
+    parent = context.parent_checkpoint()
+    model, tokenizer = load(parent)
+    sampler, _ = load(parent)
+    template = template_for(tokenizer, parent, thinking=config.blank)
+    optimizer = Optimizer(model, lr=config.lr, max_norm=config.max_norm, betas=(0.9, 0.95))
+    longest = config.max_tokens + 512
+    engine = TorchEngine(sampler, eos_ids=[tokenizer.eos_id], slots=config.slots, max_length=longest)
+    held_out = [problem_of(config, "eval", 0, i) for i in range(config.eval_problems)]
+    settings = UpdateConfig(
+        loss=config.loss,
+        normalize_std=config.normalize_std,
+        minibatches=config.minibatches,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        tokens_per_microbatch=config.tokens_per_microbatch,
+    )
+    with GraderPool(timeout_s=config.grader_timeout) as pool:
+        rollouts = Rollouts(
+            engine,
+            template,
+            lambda index: problem_of(config, "train", context.seed, index),
+            pool,
+            groups=config.groups,
+            samples=config.samples,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            seed=context.seed,
+            weights=config.rewards,
+            ahead=max(1, config.slots // config.samples) if config.inflight else 0,
+        )
+        first, tokens, skipped = 0, 0, 0
+        reference = load(parent)[0] if config.loss.kl else None
+        if state := context.restore():
+            _load_model(model, "model/", state.tensors)
+            optimizer.load_state_dict(
+                {n: state.tensors[f"optimizer/{n}"] for n in optimizer.state_dict()}
+            )
+            if reference:
+                _load_model(reference, "reference/", state.tensors)
+            rollouts.restore(state.meta["rollouts"])
+            first, tokens, skipped = state.step, state.meta["tokens"], state.meta["skipped"]
+
+        def look(step: int) -> dict[str, float]:
+            """Held-out accuracy, and the same few prompts answered again."""
+            result = _evaluate(config, context, model, template, held_out, tokenizer.eos_id)
+            context.samples(step, probe_records(result, config.probes))
+            return result.as_metrics()
+
+        if first == 0:
+            context.log(0, config.steps, look(0))
+        for step in range(first, config.steps):
+            started = time.perf_counter()
+            engine.load(model.state_dict(), version=step)
+            graded = rollouts.collect()
+            written = time.perf_counter()
+            groups = [g.group for g in graded]
+            if config.shuffle_rewards:
+                groups = shuffle_rewards(groups, stream(context.seed, "shuffle", step))
+            if reference and step % config.reference_every == 0:
+                reference.load_state_dict(model.state_dict())
+            scale = lr_scale(config, step)
+            learned = update(
+                model,
+                optimizer,
+                groups,
+                settings,
+                version=step,
+                pad_id=tokenizer.pad_id,
+                lr_scale=scale,
+                reference=reference,
+            )
+            ended = time.perf_counter()
+            skipped = skipped + 1 if learned.get("skipped") else 0
+            if skipped:
+                context.warn(f"step {step + 1}: the gradient was not finite; nothing was changed")
+            if skipped >= MAX_SKIPPED:
+                raise FloatingPointError(f"{MAX_SKIPPED} steps in a row had no finite gradient")
+            metrics = rollout_metrics(graded, version=step)
+            tokens += int(metrics["step_tokens"])
+            metrics |= learned
+            metrics |= {
+                "lr": config.lr * scale,
+                "tokens": tokens,
+                "tokens/s": metrics["step_tokens"] / (ended - started),
+                "seconds/generate": written - started - rollouts.seconds_grading,
+                "seconds/grade": rollouts.seconds_grading,
+                "seconds/update": ended - written,
+            }
+            rollouts.seconds_grading = 0.0
+            done = step + 1
+            if done % config.eval_every == 0 or done == config.steps:
+                metrics |= look(done)
+            context.log(done, config.steps, metrics)
+            if done % config.save_every == 0 and done < config.steps:
+                context.save(done, _tensors(model, optimizer, reference), {
+                    "tokens": tokens, "skipped": skipped, "rollouts": rollouts.state()
+                })
+    save_checkpoint(context.folder / "checkpoint", model, tokenizer, template.source)
+
+
+def problem_of(config: Config, split: Any, seed: int, index: int) -> Problem:
+    """Problem ``index`` of the mixture: which family is as much a function of the index."""
+    names, shares = list(config.problems), list(config.problems.values())
+    name = stream(seed, "family", split, index).choices(names, shares)[0]
+    return problem_at(family(name), split, seed, index)
+
+
+def lr_scale(config: Config, step: int) -> float:
+    up = min(1.0, (step + 1) / (config.warmup + 1))
+    tail = config.decay * config.steps
+    return min(up, (config.steps - step) / tail) if tail else up
+
+
+def _evaluate(
+    config: Config, context: Context, model: Transformer, template: Any, problems: list[Problem], eos: int
+) -> Evaluation:
+    # an engine of its own around the trainer's weights: the rollouts in flight are not disturbed
+    engine = TorchEngine(model, eos_ids=[eos], slots=config.slots, max_length=config.max_tokens + 512)
+    engine.load(model.state_dict(), version=0)
+    return evaluate(
+        engine,
+        template,
+        problems,
+        samples=config.eval_samples,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        seed=derive(context.seed, "look"),
+    )
+
+
+def _tensors(model: Transformer, optimizer: Optimizer, reference: Transformer | None) -> dict[str, Any]:
+    tensors = {f"model/{n}": t for n, t in model.state_dict().items()}
+    tensors |= {f"optimizer/{n}": t for n, t in optimizer.state_dict().items()}
+    if reference:
+        tensors |= {f"reference/{n}": t for n, t in reference.state_dict().items()}
+    return tensors
+
+
+def _load_model(model: Transformer, prefix: str, tensors: dict[str, Any]) -> None:
+    model.load_state_dict({n: tensors[prefix + n] for n in model.state_dict()})
+
+

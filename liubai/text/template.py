@@ -1,0 +1,87 @@
+"""From a question to prompt ids: the checkpoint's own chat template, and what it prefilled.
+
+Every checkpoint carries a Jinja chat template, ours as well as Qwen's or Llama's, so there is one
+way in. The template object also says what it wrote at the start of the assistant's turn; the format
+grader reads the same object, so a prefilled ``<think>`` is never held against the answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from liubai.errors import UserError
+from liubai.text.tokenizer import END_THINK, THINK, TextTokenizer
+from liubai.types import Sample, Stop
+
+#: The small world's: nothing but the question and the blank.
+BARE = (
+    "{{ bos_token }} {{ messages[-1].content }}"
+    "{% if add_generation_prompt %} <think>{% if thinking is defined and not thinking %} </think>{% endif %}"
+    "{% endif %}"
+)
+
+#: For base models that have no template: think first, then answer. It asks for a structure only,
+#: never for reflection or a method (R1 paper, table 1, in our own words).
+THINK_ANSWER = (
+    "A user asks a question and an assistant solves it. The assistant first works the problem out in "
+    "private, between <think> and </think>, and then gives the user the result, between <answer> and "
+    "</answer>.\n"
+    "{% for message in messages %}"
+    "{{ 'User' if message.role == 'user' else 'Assistant' }}: {{ message.content }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: <think>"
+    "{% if thinking is defined and not thinking %}\n</think>{% endif %}{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """``prompt_ids(question)`` and ``prefilled``, for thinking on or off."""
+
+    tokenizer: TextTokenizer
+    source: str
+    thinking: bool = True
+
+    def render(self, question: str) -> str:
+        """The prompt as text. Raises ``UserError`` when the template does not parse."""
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        try:
+            return environment.from_string(self.source).render(
+                messages=[{"role": "user", "content": question}],
+                add_generation_prompt=True,
+                bos_token=self.tokenizer.bos or "",
+                eos_token=self.tokenizer.eos,
+                thinking=self.thinking,
+                enable_thinking=self.thinking,
+            )
+        except TemplateError as error:
+            raise UserError(f"the chat template does not work: {error}") from error
+
+    def prompt_ids(self, question: str) -> list[int]:
+        return self.tokenizer.encode(self.render(question))
+
+    @property
+    def prefilled(self) -> str:
+        """What the template already wrote of the answer: ``""``, ``"<think>"`` or an empty thought."""
+        mark = "\x00"
+        tail = self.render(mark).rpartition(mark)[2].rstrip()
+        if tail.endswith(END_THINK):
+            return f"{THINK} {END_THINK}"
+        return THINK if tail.endswith(THINK) else ""
+
+
+def template_for(tokenizer: TextTokenizer, folder: Path, *, thinking: bool = True) -> Template:
+    """The template of a checkpoint folder; :data:`THINK_ANSWER` when it has none."""
+    path = folder / "chat_template.jinja"
+    source = path.read_text(encoding="utf-8") if path.exists() else THINK_ANSWER
+    return Template(tokenizer, source, thinking)
+
+
+def text_of(template: Template, sample: Sample) -> str:
+    """An answer as text, without its end token. For grading and showing only."""
+    ids = sample.completion_ids
+    return template.tokenizer.decode(ids[:-1] if sample.stop is Stop.EOS else ids)
