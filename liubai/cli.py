@@ -105,9 +105,7 @@ def _run(path: Path, overrides: Sequence[str], out: Path | None, live: bool) -> 
     print(f"report: {page}")
 
 
-@app.command(
-    "eval", epilog="Example: liubai eval runs/zero/2-zero/checkpoint --problems countdown --samples 16"
-)
+@app.command("eval", epilog="Example: liubai eval runs/zero/2-zero/checkpoint --problems countdown")
 def evaluate(
     checkpoint: Checkpoint,
     problems: Annotated[str, typer.Option(help="Which family of problems.")],
