@@ -108,6 +108,8 @@ def describe(error: BaseException) -> str:
 
 def _score(result: object) -> float:
     """A checker's result as a score. Raises ``TypeError``/``ValueError`` for anything else."""
+    if hasattr(result, "item"):  # a numpy or torch scalar
+        result = result.item()
     if isinstance(result, bool | int | float):
         score = float(result)
         if math.isfinite(score) and 0.0 <= score <= 1.0:
