@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from liubai.report.read import Curve, Run, Stage
-from liubai.report.story import TAKE_OFF_RULE, Evaluated, evaluations, smooth, take_off
+from liubai.report.story import TAKE_OFF_RULE, Evaluated, evaluations, take_off
 from liubai.report.svg import Chart, Line, Mark
 
 Keys = Sequence[tuple[str, str]]  #: (metric, label) pairs
@@ -41,12 +41,12 @@ def story_charts(stages: Sequence[Stage]) -> list[Chart]:
         _over_steps(
             "length",
             "Length",
-            "How much the model writes before it stops, in tokens, for answers that turned out right and wrong.",
+            "How much the model writes before it stops, for answers that turned out right and wrong "
+            "(moving means over the faint steps).",
             "mean tokens per answer",
             stages,
             [("length/right", "right answers"), ("length/wrong", "wrong answers")]
-            if several
-            else [("length/right", "right answers"), ("length/wrong", "wrong answers"), ("length/mean", "all")],
+            + ([] if several else [("length/mean", "all")]),
             marks=marks,
         ),
         _over_steps(
@@ -84,8 +84,8 @@ def pass_chart(run: Run) -> Chart | None:
     return Chart(
         "pass",
         "pass@k",
-        "The chance that at least one of k answers is right: a higher curve at k = 1 that meets the old one at "
-        "large k means that training sharpened what the model could already do.",
+        "The chance that at least one of k answers is right: a curve that is higher at k = 1 and meets the "
+        "old one at large k means that training sharpened what the model could already do.",
         "problems solved within k tries (%)",
         lines,
         x_label="k (answers per problem, log scale)",
@@ -141,8 +141,8 @@ def panel_charts(stages: Sequence[Stage]) -> dict[str, list[Chart]]:
         "update": _present(
             _split(
                 "clip", "Clipped tokens",
-                "Share of tokens whose probability ratio left the trust region on either side; a few per cent "
-                "at most is healthy.",
+                "Share of tokens whose probability ratio left the trust region on either side; a few per "
+                "cent at most is healthy.",
                 "share of tokens (%)", stages, [("clip/low", "below"), ("clip/high", "above")], percent=True,
             ),
             _split(
@@ -282,6 +282,3 @@ def _present(*groups: Sequence[Chart | None]) -> list[Chart]:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^\w-]+", "-", name)
-
-
-__all__ = ["panel_charts", "pass_chart", "pretrain_charts", "smooth", "story_charts"]

@@ -129,9 +129,7 @@ def read_run(path: Path) -> Run:
         raise UserError(f"'{recipe_path}' names no stages: it needs [stages.<name>] tables")
     notes: list[str] = []
     folders = {m[2]: p for p in sorted(path.iterdir()) if p.is_dir() and (m := _FOLDER.fullmatch(p.name))}
-    stages = [
-        _read_stage(name, table, folders.get(name), notes) for name, table in tables.items()
-    ]
+    stages = [_read_stage(name, table, folders.get(name), notes) for name, table in tables.items()]
     environment = _read_object(path / "environment.json", notes)
     return Run(path, text, recipe, stages, notes, environment)
 

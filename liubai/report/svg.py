@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -18,8 +18,10 @@ from markupsafe import Markup
 from liubai.report.read import Curve
 from liubai.report.story import smooth, window
 
+Scale = Callable[[float], float]  #: from a value to its place in the box
+
 WIDTH, HEIGHT = 400, 250
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 30, 40
+LEFT, RIGHT, TOP, BOTTOM, ROW = 46, 14, 26, 40, 14
 MOST_POINTS = 400  #: longer curves are averaged in buckets; a chart has no more pixels than that
 
 
@@ -83,11 +85,13 @@ def tick_text(value: float, ticks: Sequence[float], percent: bool = False) -> st
     scale = 100 if percent else 1
     step = abs(ticks[1] - ticks[0]) * scale if len(ticks) > 1 else 1.0
     value, largest = value * scale, max(map(abs, ticks)) * scale
+    if value == 0:
+        return "0%" if percent else "0"
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if largest >= size and value:
+        if largest >= size:
             base = 1e3 if unit == "k" else size
             return f"{value / base:.{_decimals(step / base)}f}{unit}".replace("-", "−")
-    if largest < 1e-3 and value:
+    if largest < 1e-3:
         return f"{value:.0e}".replace("e-0", "e-").replace("-", "−")
     text = f"{value:.{_decimals(step)}f}".replace("-", "−")
     return f"{text}%" if percent else text
@@ -119,10 +123,14 @@ def _draw(chart: Chart) -> Markup:
     xs = [x for line in lines for x, _ in line.curve.known]
     ys = [y for line in lines for _, y in _shown(line).known]
     x_low, x_high = min(xs), max(xs)
-    y_ticks = nice_ticks(min([*ys, 0.0]) if chart.zero else min(ys), max([*ys, 0.0]) if chart.zero else max(ys))
+    reach = [*ys, 0.0] if chart.zero else ys
+    y_ticks = nice_ticks(min(reach), max(reach))
     if chart.percent and max(ys) <= 1:
         y_ticks = [t for t in y_ticks if t <= 1 + 1e-9]
     y_low, y_high = y_ticks[0], max(y_ticks[-1], max(ys))
+
+    # The labels of the marks have the rows between the y label and the plot to themselves.
+    top = TOP + ROW * len(chart.marks)
 
     def px(x: float) -> float:
         a, b, v = (math.log(x_low), math.log(x_high), math.log(x)) if chart.log_x else (x_low, x_high, x)
@@ -132,7 +140,7 @@ def _draw(chart: Chart) -> Markup:
     def py(y: float) -> float:
         # One wild point must not throw the line out of the box: the moving mean sets the range.
         share = min(max((y - y_low) / (y_high - y_low), -0.02), 1.03)
-        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+        return HEIGHT - BOTTOM - share * (HEIGHT - top - BOTTOM)
 
     out = [_axes(chart, x_low, x_high, y_ticks, px, py)]
     out += [_mark(mark, i, px) for i, mark in enumerate(chart.marks)]
@@ -157,7 +165,7 @@ def _shown(line: Line) -> Curve:
     return Curve(mean.xs + line.curve.xs, mean.ys + tuple(inside))
 
 
-def _axes(chart: Chart, x_low: float, x_high: float, y_ticks: list[float], px, py) -> str:  # type: ignore[no-untyped-def]
+def _axes(chart: Chart, x_low: float, x_high: float, y_ticks: list[float], px: Scale, py: Scale) -> str:
     out = [f'<text class="ylab" x="2" y="12">{escape(chart.y_label)}</text>']
     for t in y_ticks:
         y = py(t)
@@ -176,25 +184,24 @@ def _axes(chart: Chart, x_low: float, x_high: float, y_ticks: list[float], px, p
         y = HEIGHT - BOTTOM + 17
         out.append(f'<text class="tick" text-anchor="middle" x="{px(t):.1f}" y="{y}">{text}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    out.append(
-        f'<text class="xlab" text-anchor="middle" x="{middle}" y="{HEIGHT - 5}">{escape(chart.x_label)}</text>'
-    )
+    out.append(f'<text class="xlab" text-anchor="middle" x="{middle}" y="{HEIGHT - 5}">')
+    out.append(f"{escape(chart.x_label)}</text>")
     return "".join(out)
 
 
-def _mark(mark: Mark, row: int, px) -> str:  # type: ignore[no-untyped-def]
+def _mark(mark: Mark, row: int, px: Scale) -> str:
     x = px(mark.x)
     right = x < LEFT + 0.6 * (WIDTH - LEFT - RIGHT)
-    anchor, dx = ("start", 5) if right else ("end", -5)
-    y = TOP + 6 + 14 * row  # a row each, so that the labels of several stages do not meet
+    anchor, dx = ("start", -2) if right else ("end", 2)
+    y = TOP + 2 + ROW * row  # a row each, so that the labels of several stages do not meet
     return (
         f'<g class="mark ink{mark.ink}" data-step="{mark.x:g}">'
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 4}" y2="{HEIGHT - BOTTOM}"/>'
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y + 4}" y2="{HEIGHT - BOTTOM}"/>'
         f'<text text-anchor="{anchor}" x="{x + dx:.1f}" y="{y}">{escape(mark.label)}</text></g>'
     )
 
 
-def _path(line: Line, px, py) -> str:  # type: ignore[no-untyped-def]
+def _path(line: Line, px: Scale, py: Scale) -> str:
     style = f"ink{line.ink} dash{line.dash}"
     raw = thin(line.curve)
     if not line.noisy or window(len(line.curve.xs)) == 1:
@@ -204,7 +211,7 @@ def _path(line: Line, px, py) -> str:  # type: ignore[no-untyped-def]
     )
 
 
-def _strokes(curve: Curve, style: str, dots: bool, px, py) -> str:  # type: ignore[no-untyped-def]
+def _strokes(curve: Curve, style: str, dots: bool, px: Scale, py: Scale) -> str:
     """One path, broken at gaps; a point with no neighbour is a dot, or it could not be seen."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(curve.xs, curve.ys, strict=True):
@@ -212,16 +219,14 @@ def _strokes(curve: Curve, style: str, dots: bool, px, py) -> str:  # type: igno
             pieces.append([])
         else:
             pieces[-1].append((px(x), py(y)))
-    path = "".join(
-        "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in piece) for piece in pieces if len(piece) > 1
-    )
+    path = "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in piece) for piece in pieces if len(piece) > 1)
     circles = [p for piece in pieces if dots or len(piece) == 1 for p in piece]
     out = f'<path class="{style}" d="{path}"/>' if path else ""
     ink = next(word for word in style.split() if word.startswith("ink"))
     return out + "".join(f'<circle class="{ink}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in circles)
 
 
-def _hover(chart: Chart, lines: Sequence[Line], px) -> dict[str, object]:  # type: ignore[no-untyped-def]
+def _hover(chart: Chart, lines: Sequence[Line], px: Scale) -> dict[str, object]:
     """What the pointer shows: per line its places in pixels and its values, as measured."""
     series = []
     for line in lines:

@@ -1,0 +1,164 @@
+"""The report: one HTML file that opens offline, with nothing inside it that loads anything.
+
+The text of the page is in ``page.html``, its look in ``page.css``, the pointer's values in
+``page.js``; all three are written into the one file. Jinja escapes every value by default.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from liubai.files import write_text
+from liubai.report.answers import probe_questions
+from liubai.report.charts import panel_charts, pass_chart, pretrain_charts, story_charts
+from liubai.report.read import Run, Stage, number, read_run
+from liubai.report.story import columns, evaluations, pair, sentence, show, take_off
+
+PACKAGES = ("liubai", "torch", "numpy", "tokenizers", "safetensors")
+
+
+def write_report(run: Path) -> Path:
+    """Write ``run/report.html`` atomically and return its path.
+
+    A run that has not finished gives a report of what is there, which says what is missing. Raises
+    ``UserError`` when ``run`` is not a run folder.
+    """
+    html = render(read_run(run))
+    path = run / "report.html"
+    write_text(path, html)
+    return path
+
+
+def render(run: Run) -> str:
+    """The whole page as text."""
+    here = Path(__file__).parent
+    script = (here / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(
+        loader=PackageLoader("liubai.report", "."), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    reinforced = [s for s in run.of_kind("rl") if s.rows]
+    evaluated = evaluations(run)
+    return environment.get_template("page.html").render(
+        run=run,
+        style=Markup((here / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=digest,
+        sentence=sentence(run),
+        facts=_facts(run, reinforced),
+        missing=_missing(run, reinforced),
+        evaluated=evaluated,
+        pair=pair(run) if len(evaluated) == 2 else None,
+        columns=columns(evaluated),
+        show=show,
+        change=_change,
+        stderr=_stderr,
+        story=story_charts(reinforced),
+        pass_chart=pass_chart(run),
+        probes=[(s, q) for s in reinforced if (q := probe_questions(s))],
+        panels_by=panel_charts(reinforced),
+        pretrain=pretrain_charts([s for s in run.of_kind("pretrain") if s.rows]),
+        take_offs=[(s, take_off(s.curve("reflections"))) for s in reinforced],
+        warnings=[(s.name, w) for s in run.stages for w in s.warnings],
+        clock=clock,
+        dict=dict,
+        environment=_environment(run),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as a person reads them: 43 s, 7 min 05 s, 2 h 10 min."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _facts(run: Run, reinforced: list[Stage]) -> list[tuple[str, str]]:
+    """The strip under the title: how much work the result took."""
+    facts = []
+    read = [t for s in run.of_kind("pretrain") if s.rows and (t := number(s.rows[-1].get("tokens")))]
+    if read:
+        facts.append((_count(sum(read)), "tokens read"))
+    if reinforced:
+        facts.append((f"{sum(s.steps for s in reinforced):,}", "steps of RL"))
+    written = [t for s in reinforced if (t := number(s.rows[-1].get("tokens")))]
+    if written:
+        facts.append((_count(sum(written)), "tokens written"))
+    seconds = [t for s in run.stages if (t := s.seconds) is not None]
+    if seconds:
+        facts.append((clock(sum(seconds)), "in all"))
+    return facts
+
+
+def _count(tokens: float) -> str:
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if tokens >= size:
+            return f"{tokens / size:.1f}{unit}"
+    return f"{tokens:.0f}"
+
+
+def _missing(run: Run, reinforced: list[Stage]) -> list[str]:
+    """What a reader would look for and not find, most important first."""
+    notes = list(run.notes)
+    evaluated = evaluations(run)
+    if not run.of_kind("rl"):
+        notes.append("The recipe has no rl stage: there are no learning curves.")
+    elif evaluated and pair(run) is None:
+        lacking = "after" if not evaluated[-1].after else "before"
+        notes.append(f"No evaluation {lacking} reinforcement learning: there is no before and after.")
+    notes += [f"“{s.name}” has no probe samples." for s in reinforced if not probe_questions(s)]
+    return notes
+
+
+def _change(before: float | None, after: float | None, form: str) -> str:
+    """The difference with its sign: percentage points, or a count and its factor."""
+    if before is None or after is None:
+        return "–"
+    sign = "+" if after >= before else "−"
+    if form == "%":
+        return f"{sign}{abs(100 * (after - before)):.1f} pt"
+    factor = f" (×{after / before:.1f})" if before > 0 and after > 0 else ""
+    return f"{sign}{abs(after - before):,.{form}f}{factor}"
+
+
+def _stderr(key: str, stage: Stage) -> str:
+    error = number((stage.result or {}).get("stderr"))
+    return f"± {100 * error:.1f}" if key == "pass@1" and error is not None else ""
+
+
+def _environment(run: Run) -> tuple[str, list[tuple[str, str]]]:
+    """Whose environment it is, and its facts: the run's own record, or this machine's as a stand-in."""
+    if run.environment is not None:
+        return "recorded by the run", [(str(k), _flat(v)) for k, v in run.environment.items()]
+    facts = [("python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            facts.append((package, version(package)))
+        except PackageNotFoundError:
+            facts.append((package, "not installed"))
+    facts.append(("system", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"))
+    facts.append(("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "not set")))
+    return "of the machine that wrote this page; the run recorded none", facts
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_flat(v)}" for k, v in value.items())
+    return ", ".join(map(_flat, value)) if isinstance(value, list) else str(value)
