@@ -200,8 +200,7 @@ def _lines(file: str) -> list[str]:
 
 def _items(lines: Iterable[str], file: str) -> Iterator[GradeItem]:
     """The items of a JSONL file; blank lines are skipped. Raises ``UserError`` naming file:line."""
-    from liubai.grade import GradeItem
-    from liubai.grade.judge import check_verifier
+    from liubai.grade import GradeItem, check_verifier
 
     for number, line in enumerate(lines, 1):
         if not line.strip():
