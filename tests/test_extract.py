@@ -37,6 +37,8 @@ NOT_FOUND = [
     "<think> a </think> <think> <answer> 2 </answer>",
     "<think> <answer> 2 </answer> </think>",
     "<think> \\boxed{2} </think> so",
+    "<think> a </think> <answer> 2 </answer> </think>",
+    "<think> a </think> \\boxed{2} </think> so",
     "<think></think> <answer></answer>",
     "<think></think> <answer> \n </answer>",
     "<think></think> <answer> 2 </answer> <answer> </answer>",

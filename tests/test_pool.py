@@ -188,6 +188,28 @@ def test_close_answers_those_who_wait(checker: str) -> None:
         pool.submit([])
 
 
+def test_a_worker_that_died_while_idle_costs_no_verdict(checker: str) -> None:
+    with GraderPool(workers=1) as pool:
+        pool.gather(pool.submit([item(checker, "a")]))
+        (process,) = pool._processes
+        process.kill()
+        process.popen.wait(5)
+        (verdict,) = pool.gather(pool.submit([item(checker, "a")]))
+        assert verdict.correct
+        assert pool.errors == 0
+
+
+def test_a_program_that_forgets_to_close_the_pool_leaves_no_grader_behind(checker: str) -> None:
+    code = (
+        "import sys, time; from liubai.grade import GradeItem, GraderPool; pool = GraderPool(1, 60.0)\n"
+        "pool.submit([GradeItem(sys.argv[1], 'a', '<answer> sleep </answer>')]); time.sleep(0.5)\n"
+        "print(*(p.popen.pid for p in pool._processes))"
+    )
+    out = subprocess.run([sys.executable, "-c", code, checker], capture_output=True, text=True, timeout=20)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(out.stdout), 0)
+
+
 def test_code_that_cannot_be_loaded_is_an_error_verdict(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("raise SystemExit(1)")
     (tmp_path / "other.py").write_text("check = 1")

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liubai.grade import VERIFIERS, GradeItem, grade
+from liubai.grade.arithmetic import MAX_DEPTH
 from liubai.grade.verifiers import parse_number
 
 CASES = [
@@ -133,6 +134,14 @@ def test_long_answers_are_cheap(verifier: str) -> None:
     for piece in ("(", "9", "1,", "1+", "9*", " ", "1/", "-", "=", "e9", "B", "( ", "9**"):
         VERIFIERS[verifier](gold, piece * 1000, meta)
     assert time.perf_counter() - started < 1
+
+
+def test_brackets_are_superfluous_up_to_a_depth() -> None:
+    def nested(depth: int) -> str:
+        return f"{'(' * depth}3+4{')' * depth}*5"
+
+    assert VERIFIERS["countdown"]("3 4 5 ->35", nested(MAX_DEPTH), {})
+    assert not VERIFIERS["countdown"]("3 4 5 ->35", nested(MAX_DEPTH + 1), {})
 
 
 @pytest.mark.parametrize(
@@ -279,7 +288,7 @@ def test_countdown_accepts_nothing_that_brute_force_does_not_confirm(text: str) 
     for target in (*TARGETS, 34, 98):
         if VERIFIERS["countdown"](f"3 4 5 ->{target}", text, {}):
             assert target in REACHABLE
-            assert by_syntax_tree(text) == (target, [3, 4, 5])
+            assert by_syntax_tree(text) == (Fraction(target), [3, 4, 5])
 
 
 def test_countdown_agrees_with_brute_force_on_every_short_string() -> None:

@@ -10,6 +10,7 @@ grade code that a model wrote with a checker that runs it as it is.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -105,6 +106,7 @@ class GraderPool:
 
     def close(self) -> None:
         """Kill the workers. Answers that wait get an error verdict (not counted in ``errors``)."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closed = True
             self._waiting.clear()
@@ -132,6 +134,7 @@ class GraderPool:
             raise RuntimeError("the grader pool is closed")
 
     def _start_threads(self) -> None:
+        atexit.register(self.close)  # a pool that nobody closed must not leave a hanging grader behind
         for i in range(self.workers):
             thread = threading.Thread(target=self._serve, name=f"grader-{i}", daemon=True)
             self._threads.append(thread)

@@ -22,9 +22,11 @@ class RewardWeights(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    correct: float = Field(default=1.0, description="added for a right answer; a score in between adds its share")
+    correct: float = Field(
+        default=1.0, description="added for a right answer, a share of it for a score between"
+    )
     wrong: float = Field(default=-1.0, description="added for a wrong answer")
-    no_answer: float = Field(default=0.0, description="added when there is no usable answer, or it was cut off")
+    no_answer: float = Field(default=0.0, description="added for no usable answer, or one cut off")
     format: float = Field(default=0.5, description="added for one thought and one answer, in their tags")
     overlong: float = Field(default=0.0, le=0, description="added at the token cap, e.g. -0.5")
     overlong_from: float = Field(default=0.8, ge=0, lt=1, description="share of the cap where that begins")
