@@ -38,9 +38,7 @@ def pass_curve(correct: Sequence[Sequence[bool]], ks: Iterable[int]) -> dict[int
     return {k: math.fsum(pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
 
 
-def majority(
-    answers: Sequence[str | None], key: Callable[[str], Hashable] | None = None
-) -> int | None:
+def majority(answers: Sequence[str | None], key: Callable[[str], Hashable] | None = None) -> int | None:
     """The index of the first answer of the class with most votes; ``None`` when failures win.
 
     Samples without an answer are one class and vote like any other, so a model that mostly says

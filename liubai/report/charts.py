@@ -14,6 +14,10 @@ from liubai.report.read import Curve, Run, Stage
 from liubai.report.story import TAKE_OFF_RULE, Evaluated, evaluations, take_off
 from liubai.report.svg import Chart, Line, Mark
 
+#: Colours of the stages when there are several. Grey (2) is last: it is the colour of "before".
+STAGE_INKS = (0, 1, 3, 4, 5, 2)
+NEUTRAL = 6
+
 Keys = Sequence[tuple[str, str]]  #: (metric, label) pairs
 
 
@@ -25,7 +29,7 @@ def story_charts(stages: Sequence[Stage]) -> list[Chart]:
         step = take_off(stage.curve("reflections"))
         if step is not None:
             name = f"{stage.name} · step {step}" if several else f"take-off · step {step}"
-            marks.append(Mark(step, name, i if several else 3))
+            marks.append(Mark(step, name, STAGE_INKS[i % 6] if several else NEUTRAL))
     charts = [
         _over_steps(
             "accuracy",
@@ -77,10 +81,14 @@ def pass_chart(run: Run) -> Chart | None:
     found = [(e, e.pass_curve) for e in evaluations(run) if e.pass_curve]
     if not found:
         return None
+    reinforced = [stage.name for stage in run.of_kind("rl") if stage.rows]
     lines = []
-    for i, (evaluated, points) in enumerate(found):
+    for evaluated, points in found:
+        made_by = evaluated.stage.parent
         curve = Curve(tuple(float(k) for k, _ in points), tuple(v for _, v in points))
-        lines.append(Line(_name(evaluated), curve, _checkpoint_ink(found, i), dots=True))
+        place = reinforced.index(made_by) if made_by in reinforced else 0
+        ink = STAGE_INKS[place % 6] if evaluated.after else 2
+        lines.append(Line(_name(evaluated), curve, ink, dots=True))
     return Chart(
         "pass",
         "pass@k",
@@ -97,12 +105,6 @@ def pass_chart(run: Run) -> Chart | None:
 def _name(evaluated: Evaluated) -> str:
     when = "after" if evaluated.after else "before"
     return evaluated.label if when in evaluated.label.lower() else f"{when}: {evaluated.label}"
-
-
-def _checkpoint_ink(found: Sequence[tuple[Evaluated, object]], i: int) -> int:
-    """Before is grey; the checkpoints after take the colours of their stages."""
-    befores = sum(not e.after for e, _ in found)
-    return 2 if i < befores else (0, 1, 4, 5, 3)[(i - befores) % 5]
 
 
 def panel_charts(stages: Sequence[Stage]) -> dict[str, list[Chart]]:
@@ -207,7 +209,7 @@ def pretrain_charts(stages: Sequence[Stage]) -> list[Chart]:
             xs = tuple(t or 0.0 for t in tokens.ys) if by_tokens else curve.xs
             rising = all(b >= a for a, b in pairwise(xs))
             curve = Curve(xs if rising else curve.xs, curve.ys)
-            lines.append(Line(stage.name, curve, 0 if len(stages) == 1 else i, noisy=True))
+            lines.append(Line(stage.name, curve, STAGE_INKS[i % 6], noisy=True))
         lines = [line for line in lines if line.curve]
         x_label = "tokens read" if any(s.curve("tokens") for s in stages) else "step"
         return Chart(id, title, caption, label, lines, x_label, zero=zero) if lines else None
@@ -267,13 +269,22 @@ def _over_steps(
                 continue
             if len(stages) > 1:
                 name = f"{stage.name}: {label}" if len(keys) > 1 else stage.name
-                ink, dash = i % 6, j
+                ink, dash = STAGE_INKS[i % 6], j
             else:
                 name, ink, dash = label, j % 6, 0 if j < 3 else j - 2
             lines.append(Line(name, curve, ink, dash % 4, noisy=not sparse, dots=sparse))
-    return (
-        Chart(id, title, caption, y_label, lines, percent=percent, zero=zero, marks=marks) if lines else None
-    )
+    if not lines:
+        return None
+    legend: list[Line] = []
+    if len(stages) > 1 and len(keys) > 1:  # colour says which stage, the pattern which measure
+        nothing = Curve((), ())
+        legend = [Line(s.name, nothing, STAGE_INKS[i % 6]) for i, s in enumerate(stages)]
+        legend += [
+            Line(n, nothing, NEUTRAL, j % 4, dots=k.startswith("eval/")) for j, (k, n) in enumerate(keys)
+        ]
+    return Chart(
+        id, title, caption, y_label, lines, percent=percent, zero=zero, marks=marks, keys=legend
+    )  # fmt: skip
 
 
 def _present(*groups: Sequence[Chart | None]) -> list[Chart]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PAPER, INK, FAINT, SEAL = "#fdfcf9", "#1d1c1a", "#8d887f", "#b23a26"
-COLOURS = (SEAL, INK, FAINT, "#3f6076", "#a3813d", "#58745f")
+COLOURS = (SEAL, INK, "#3f6076", "#a3813d", "#58745f", FAINT)
 
 
 def save_figure(run: Path, out: Path) -> Path:

@@ -7,7 +7,7 @@ document.querySelectorAll("svg[data-hover]").forEach((svg) => {
   const tip = document.createElement("div");
   const cross = document.createElementNS(svg.namespaceURI, "line");
   tip.className = "tip"; tip.hidden = true; cross.setAttribute("class", "cross");
-  cross.setAttribute("y1", 26); cross.setAttribute("y2", 210);
+  cross.setAttribute("y1", 26); cross.setAttribute("y2", 226);
   const nearest = (points, px) => points.reduce((a, b) => (Math.abs(b[0] - px) < Math.abs(a[0] - px) ? b : a));
   const text = (v) => data.percent ? (100 * v).toFixed(1) + " %" : v.toLocaleString("en", { maximumSignificantDigits: 4 });
   const hide = () => { tip.hidden = true; cross.remove(); };

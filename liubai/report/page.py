@@ -22,7 +22,7 @@ from liubai.files import write_text
 from liubai.report.answers import probe_questions
 from liubai.report.charts import panel_charts, pass_chart, pretrain_charts, story_charts
 from liubai.report.read import Run, Stage, number, read_run
-from liubai.report.story import columns, evaluations, pair, sentence, show, take_off
+from liubai.report.story import Evaluated, columns, evaluations, pair, sentence, show, take_off
 
 PACKAGES = ("liubai", "torch", "numpy", "tokenizers", "safetensors")
 
@@ -59,7 +59,9 @@ def render(run: Run) -> str:
         facts=_facts(run, reinforced),
         missing=_missing(run, reinforced),
         evaluated=evaluated,
+        hero=pair(run),
         pair=pair(run) if len(evaluated) == 2 else None,
+        protocol=_protocol(evaluated),
         columns=columns(evaluated),
         show=show,
         change=_change,
@@ -127,15 +129,27 @@ def _missing(run: Run, reinforced: list[Stage]) -> list[str]:
     return notes
 
 
-def _change(before: float | None, after: float | None, form: str) -> str:
-    """The difference with its sign: percentage points, or a count and its factor."""
+def _change(before: float | None, after: float | None, form: str) -> tuple[str, str]:
+    """The difference with its sign, in percentage points or as a count, and the factor of a count."""
     if before is None or after is None:
-        return "–"
+        return "–", ""
     sign = "+" if after >= before else "−"
     if form == "%":
-        return f"{sign}{abs(100 * (after - before)):.1f} pt"
-    factor = f" (×{after / before:.1f})" if before > 0 and after > 0 else ""
-    return f"{sign}{abs(after - before):,.{form}f}{factor}"
+        return f"{sign}{abs(100 * (after - before)):.1f} pt", ""
+    factor = f"×{after / before:.1f}" if before > 0 and after > 0 else ""
+    return f"{sign}{abs(after - before):,.{form}f}", factor
+
+
+def _protocol(evaluated: list[Evaluated]) -> str:
+    """On how many problems and answers the numbers rest, once when it is the same for all."""
+    said: dict[str, list[str]] = {}
+    for e in evaluated:
+        result = e.stage.result or {}
+        n, which, each = (result.get(key, "?") for key in ("n_problems", "problems", "samples"))
+        said.setdefault(f"{n} held-out problems ({which}) × {each} answers", []).append(e.label)
+    if len(said) == 1:
+        return f"{next(iter(said))} per checkpoint."
+    return " ".join(f"{', '.join(labels)}: {text}." for text, labels in said.items())
 
 
 def _stderr(key: str, stage: Stage) -> str:

@@ -1,6 +1,6 @@
 """Line charts as inline SVG: no script needed to read them, colours from the page's style sheet.
 
-A chart is drawn in a box of 400 × 250 units and scaled by the page, so its text is sized in the
+A chart is drawn in a box of 400 × 268 units and scaled by the page, so its text is sized in the
 same units. Labels never meet because the legend stands outside, in HTML. Left out: everything but
 lines, dots and vertical marks.
 """
@@ -20,8 +20,8 @@ from liubai.report.story import smooth, window
 
 Scale = Callable[[float], float]  #: from a value to its place in the box
 
-WIDTH, HEIGHT = 400, 250
-LEFT, RIGHT, TOP, BOTTOM, ROW = 46, 14, 26, 40, 14
+WIDTH, HEIGHT = 400, 268
+LEFT, RIGHT, TOP, BOTTOM, ROW = 48, 14, 28, 42, 17
 MOST_POINTS = 400  #: longer curves are averaged in buckets; a chart has no more pixels than that
 
 
@@ -63,6 +63,12 @@ class Chart:
     zero: bool = True
     log_x: bool = False
     marks: Sequence[Mark] = field(default_factory=tuple)
+    keys: Sequence[Line] = ()  #: a shorter legend than one entry a line
+
+    @property
+    def legend(self) -> Sequence[Line]:
+        """What the legend names; nothing when there is a single line."""
+        return self.keys or (self.lines if len(self.lines) > 1 else ())
 
     @property
     def svg(self) -> Markup:
@@ -193,7 +199,7 @@ def _mark(mark: Mark, row: int, px: Scale) -> str:
     x = px(mark.x)
     right = x < LEFT + 0.6 * (WIDTH - LEFT - RIGHT)
     anchor, dx = ("start", -2) if right else ("end", 2)
-    y = TOP + 2 + ROW * row  # a row each, so that the labels of several stages do not meet
+    y = TOP + 6 + ROW * row  # a row each, so that the labels of several stages do not meet
     return (
         f'<g class="mark ink{mark.ink}" data-step="{mark.x:g}">'
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y + 4}" y2="{HEIGHT - BOTTOM}"/>'

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from liubai.errors import UserError
 
@@ -69,6 +69,5 @@ def word_level(vocabulary: Iterable[str]) -> TextTokenizer:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(PIECES), "isolated")]
     )
-    backend.decoder = decoders.Sequence([decoders.Replace(Regex("(?<=.)$"), " "), decoders.Fuse(), decoders.Strip(" ", 0, 1)])
     backend.add_special_tokens([UNKNOWN, BOS, EOS])
     return TextTokenizer(backend)

@@ -1,0 +1,436 @@
+"""The command line: quick to start, one line for a user's mistake, a clean way out of everything."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import toy_stage
+from hypothesis import given
+from hypothesis import strategies as st
+
+import liubai
+import liubai.stages
+from liubai import cli
+
+ROOT = Path(liubai.__file__).parent.parent
+COMMANDS = ("run", "zero", "eval", "grade", "report", "chat")
+RECIPE = 'name = "toys"\n[stages.base]\nkind = "toy"\nsteps = 4\n'
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(liubai.stages, "KINDS", dict(liubai.stages.KINDS))
+    toy_stage.register(liubai.stages.KINDS)
+    monkeypatch.setattr("liubai.stages.context.Context._tensorboard", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+
+
+class Result(SimpleNamespace):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def liubai_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command line in this process."""
+
+    def call(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["liubai", *arguments])
+        try:
+            code = cli.main()
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        printed = capsys.readouterr()
+        return Result(code=code, out=printed.out, err=printed.err)
+
+    return call
+
+
+def spawn(*arguments: str, code: str = "", **options: Any) -> subprocess.Popen[str]:
+    """Run a command line in a process of its own."""
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}\n"
+    script += "from liubai.cli import main; sys.exit(main())"
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+    )
+
+
+def mistake(result: Result) -> str:
+    """The one line that a user's mistake gets."""
+    assert result.code == 2
+    assert result.out == ""
+    assert result.err.startswith("liubai: ")
+    assert result.err.count("\n") == 1
+    return str(result.err.removeprefix("liubai: ").rstrip("\n"))
+
+
+# Starting
+
+
+def test_starting_imports_nothing_heavy() -> None:
+    heavy = (
+        "torch",
+        "numpy",
+        "pydantic",
+        "rich",
+        "rich.live",
+        "matplotlib",
+        "jinja2",
+        "tensorboard",
+        "tokenizers",
+    )
+    code = f"import sys, liubai, liubai.cli; print([m for m in {heavy} if m in sys.modules])"
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert (printed.stdout, printed.stderr) == ("[]\n", "")
+
+
+def test_the_package_looks_names_up_on_first_use() -> None:
+    from liubai.types import Problem, Stop
+
+    assert liubai.Problem is Problem
+    assert liubai.Stop is Stop
+    assert set(dir(liubai)) == {"Group", "Problem", "Reward", "Sample", "Stop", "__version__", "load"}
+    from liubai.model.checkpoint import load
+
+    assert liubai.load is load
+    with pytest.raises(AttributeError, match="no attribute 'nope'"):
+        _ = liubai.nope
+
+
+def test_version(liubai_: Any) -> None:
+    result = liubai_("--version")
+    assert (result.code, result.out) == (0, f"liubai {liubai.__version__}\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_ends_with_an_example(liubai_: Any, command: str) -> None:
+    result = liubai_(command, "--help")
+    assert result.code == 0
+    assert result.out.rstrip().splitlines()[-1].strip().startswith(f"Example: liubai {command}")
+
+
+def test_help_lists_every_command(liubai_: Any) -> None:
+    printed = liubai_("--help").out
+    assert all(f"\n  {command} " in printed for command in COMMANDS)
+
+
+def test_an_unknown_command_or_option_exits_2(liubai_: Any) -> None:
+    assert liubai_("evla").code == 2
+    assert liubai_("run", "x.toml", "--nope").code == 2
+    assert liubai_("eval", "x", "--problems", "countdown", "--samples", "0").code == 2
+
+
+# run, zero, report
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    written: list[Path] = []
+
+    def write_report(folder: Path) -> Path:
+        written.append(folder)
+        return folder / "report.html"
+
+    monkeypatch.setattr("liubai.report.write_report", write_report, raising=False)
+    monkeypatch.setattr("liubai.report.headline", lambda folder: f"HEADLINE {folder}", raising=False)
+    return written
+
+
+def test_run_runs_and_reports(liubai_: Any, reports: list[Path]) -> None:
+    Path("toys.toml").write_text(RECIPE)
+    result = liubai_("run", "toys.toml", "--set", "base.steps=2", "--set", "seed=1")
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0] == "base: toy, 2 steps"
+    assert lines[-2:] == ["HEADLINE runs/toys", "report: runs/toys/report.html"]
+    assert reports == [Path("runs/toys")]
+    assert len(Path("runs/toys/1-base/metrics.jsonl").read_text().splitlines()) == 2
+    again = liubai_(
+        "run", "toys.toml", "--out", "runs/toys", "--set", "base.steps=2", "--set", "seed=1", "--no-live"
+    )
+    assert "base: finished before, reused" in again.out
+
+
+def test_mistakes_of_run_are_one_line(liubai_: Any) -> None:
+    Path("toys.toml").write_text(RECIPE + "stpes = 3\n")
+    assert mistake(liubai_("run", "nope.toml")) == "there is no recipe file 'nope.toml'"
+    assert mistake(liubai_("run", "toys.toml")) == (
+        "toys.toml: 'stages.base.stpes': unknown key; did you mean 'steps'?"
+    )
+    Path("toys.toml").write_text(RECIPE)
+    assert mistake(liubai_("run", "toys.toml", "--set", "base.steps=-5")) == (
+        "toys.toml: 'stages.base.steps': must be greater than 0, not -5 (--set base.steps=-5)"
+    )
+    assert "is a file" in mistake(liubai_("run", "toys.toml", "--out", "toys.toml"))
+    assert not Path("runs").exists()
+
+
+def test_zero_runs_the_shipped_recipe(
+    liubai_: Any, reports: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "liubai" / "cli.py"))
+    assert "clone the repository, or give a recipe of your own" in mistake(liubai_("zero"))
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "zero.toml").write_text(RECIPE)
+    assert liubai_("zero", "--out", "here").code == 0
+    assert reports == [Path("here")]
+
+
+def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
+    (tmp_path / "toys.toml").write_text(
+        RECIPE.replace("steps = 4", "steps = 4000\npause = 0.01\nsave_every = 2")
+    )
+    code = (
+        "import toy_stage, liubai.stages as s; toy_stage.register(s.KINDS); toy_stage.without_tensorboard()"
+    )
+    process = spawn("run", "toys.toml", "--set", "seed=1", code=code)
+    while not (tmp_path / "runs/toys/1-base/state").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err == (
+        "liubai: stopped; what was saved is in runs/toys; to continue: liubai run toys.toml --set seed=1\n"
+    )
+    assert "base: toy, 4000 steps" in out
+
+
+def test_ctrl_c_elsewhere_is_130_and_quiet(liubai_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_lines", interrupt)
+    result = liubai_("grade", "x.jsonl")
+    assert (result.code, result.out, result.err) == (130, "", "")
+
+
+def test_report_rewrites(liubai_: Any, reports: list[Path], tmp_path: Path) -> None:
+    assert mistake(liubai_("report", "nope")) == "'nope' is not a run folder: it has no recipe.toml"
+    (tmp_path / "recipe.toml").write_text("")
+    result = liubai_("report", str(tmp_path))
+    assert (result.code, result.out) == (0, f"report: {tmp_path / 'report.html'}\n")
+
+
+# grade
+
+GOOD = {
+    "verifier": "countdown",
+    "gold": "3 4 5 = 12",
+    "response": "<think> x </think> <answer> 3+4+5 </answer>",
+}
+
+
+@pytest.fixture
+def graded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stands in for the graders, which have tests of their own."""
+    import liubai.grade
+
+    seen: list[Any] = []
+
+    def grade_lines(items: list[Any], *, timeout_s: float, workers: int) -> Iterator[Any]:
+        for item in items:
+            seen.append((item, timeout_s, workers))
+            error = "timed out" if item.gold == "slow" else None
+            yield liubai.grade.Verdict(item.gold == "yes", item.response or None, {"correct": 1.0}, error)
+
+    monkeypatch.setattr(liubai.grade, "grade_lines", grade_lines)
+    return seen
+
+
+def test_grade_prints_one_verdict_a_line_in_order(liubai_: Any, graded: list[Any]) -> None:
+    lines = [{**GOOD, "gold": g, "response": r} for g, r in [("yes", "一"), ("no", ""), ("slow", "\ud800")]]
+    lines[1]["meta"] = {"k": 1}
+    Path("x.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, lines)) + "\r\n", encoding="utf-8")
+    result = liubai_("grade", "x.jsonl", "--timeout", "2", "--workers", "1")
+    assert (result.code, result.err) == (0, "")
+    assert [json.loads(line) for line in result.out.splitlines()] == [
+        {"correct": True, "answer": "一", "parts": {"correct": 1.0}},
+        {"correct": False, "answer": None, "parts": {"correct": 1.0}},
+        {"correct": False, "answer": "\ud800", "parts": {"correct": 1.0}, "error": "timed out"},
+    ]
+    assert [(timeout, workers) for _, timeout, workers in graded] == [(2.0, 1)] * 3
+    assert graded[1][0].meta == {"k": 1}
+
+
+def test_grade_reads_stdin(liubai_: Any, graded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(json.dumps(GOOD).encode())))
+    assert len(liubai_("grade", "-").out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "x.jsonl:3: not JSON ("),
+        ("[" * 100_000, "x.jsonl:3: not JSON ("),
+        ("[1]", "x.jsonl:3: must be a JSON object with 'verifier', 'gold' and 'response'"),
+        ('{"verifier": "countdown", "gold": "x"}', "x.jsonl:3: 'response' is missing"),
+        ('{"verifier": "countdown", "gold": 3, "response": ""}', "x.jsonl:3: 'gold' must be a string, not 3"),
+        (json.dumps({**GOOD, "meta": [1]}), "x.jsonl:3: 'meta' must be an object, not [1]"),
+        (
+            json.dumps({**GOOD, "verifier": "cuontdown"}),
+            "x.jsonl:3: there is no verifier 'cuontdown'; did you mean",
+        ),
+    ],
+)
+def test_grade_names_the_bad_line_before_it_judges_any(
+    liubai_: Any, graded: list[Any], line: str, message: str
+) -> None:
+    Path("x.jsonl").write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
+    assert mistake(liubai_("grade", "x.jsonl")).startswith(message)
+    assert graded == []
+
+
+def test_grade_of_a_file_that_cannot_be_read(liubai_: Any) -> None:
+    assert mistake(liubai_("grade", "nope.jsonl")) == "cannot read 'nope.jsonl': No such file or directory"
+    Path("x.jsonl").write_bytes(b"{}\n\xff\n")
+    assert mistake(liubai_("grade", "x.jsonl")) == "x.jsonl:2: not UTF-8 text"
+
+
+def test_grade_with_the_real_graders_and_a_reader_that_leaves() -> None:
+    Path("x.jsonl").write_text((json.dumps(GOOD) + "\n") * 3000)
+    process = spawn("grade", "x.jsonl")
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait(20) == 1
+    assert set(json.loads(first)) >= {"correct", "answer", "parts"}
+
+
+# eval
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    folder = tmp_path / "run" / "1-base" / "checkpoint"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_eval_prints_a_table_or_json(liubai_: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def evaluate_checkpoint(**options: Any) -> dict[str, Any]:
+        asked.update(options)
+        return {"pass@1": 0.123456, "problems": 20, "pass@k": {"16": 0.5}, "rows": [1, 2]}
+
+    monkeypatch.setattr("liubai.stages.evaluate.evaluate_checkpoint", evaluate_checkpoint)
+    result = liubai_("eval", str(checkpoint), "--problems", "countdown", "--limit", "20", "--seed", "3")
+    assert result.out == "pass@1     0.1235\nproblems   20\npass@k 16  0.5\n"
+    assert asked == {
+        "path": checkpoint, "problems": "countdown", "samples": 16, "limit": 20, "max_tokens": 320,
+        "temperature": 1.0, "top_p": 1.0, "seed": 3, "progress": None,
+    }  # fmt: skip
+    result = liubai_("eval", str(checkpoint), "--problems", "countdown", "--json")
+    assert json.loads(result.out) == {
+        "pass@1": 0.123456,
+        "problems": 20,
+        "pass@k": {"16": 0.5},
+        "rows": [1, 2],
+    }
+
+
+@pytest.mark.parametrize("command", [["eval", "--problems", "countdown"], ["chat"]])
+def test_what_is_no_checkpoint(liubai_: Any, checkpoint: Path, command: list[str]) -> None:
+    assert mistake(liubai_(*command, "nope")) == "there is no checkpoint folder 'nope'"
+    run = checkpoint.parent.parent
+    assert mistake(liubai_(*command, str(run))) == (
+        f"'{run}' is not a checkpoint: it has no config.json; did you mean '{checkpoint}'?"
+    )
+
+
+# chat
+
+
+@pytest.mark.parametrize(
+    ("text", "prefilled", "complete", "expected"),
+    [
+        ("try 3 </think> <answer> 7", "<think>", False, ("try 3 ", "<answer> 7")),
+        ("try 3", "<think>", False, ("try 3", "")),
+        ("try 3 </thi", "<think>", False, ("try 3 ", "")),
+        ("try 3 </thi", "<think>", True, ("try 3 </thi", "")),
+        ("<think> a </think> b", "", True, ("a ", "b")),
+        ("<thin", "", False, ("", "")),
+        ("7 < 8", "", False, ("", "7 < 8")),
+        ("7 <", "", True, ("", "7 <")),
+        ("b", "<think> </think>", True, ("", "b")),
+        ("half a charact\ufffd", "<think>", False, ("half a charact", "")),
+    ],
+)
+def test_a_thought_and_its_answer(
+    text: str, prefilled: str, complete: bool, expected: tuple[str, str]
+) -> None:
+    assert cli.split_thought(text, prefilled, complete) == expected
+
+
+pieces = st.lists(st.sampled_from([*"<thinkab /> 留\ufffd", "<think>", "</think>"]), max_size=12)
+
+
+@given(pieces, st.sampled_from(["", "<think>", "<think> </think>"]), st.booleans())
+def test_what_is_shown_is_never_taken_back(pieces: list[str], prefilled: str, complete: bool) -> None:
+    """Shown token by token or all at once, the same text stands on the screen."""
+    text = "".join(pieces).rstrip()
+    thought, answer = "", ""
+    for end in range(len(text)):
+        new = cli.split_thought(text[:end], prefilled, False)
+        thought, answer = max(thought, new[0], key=len), max(answer, new[1], key=len)
+    final = cli.split_thought(text, prefilled, True)
+    assert final[0].startswith(thought.rstrip("\ufffd "))
+    assert final[1].startswith(answer.rstrip("\ufffd "))
+
+
+def test_chat_streams_and_leaves_cleanly(
+    liubai_: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from liubai.model.checkpoint import save_checkpoint
+    from liubai.model.config import ModelConfig
+    from liubai.model.transformer import build
+    from liubai.text.template import BARE
+    from liubai.text.tokenizer import word_level
+
+    tokenizer = word_level(["which", "one", "wait"])
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=8, max_position_embeddings=32,
+        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
+    )  # fmt: skip
+    save_checkpoint(tmp_path / "tiny", build(config, 0), tokenizer, BARE)
+    questions = iter(["which one", "", "one " * 40, "which one"])
+
+    def ask(prompt: str) -> str:
+        print(prompt, end="")
+        try:
+            return next(questions)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    result = liubai_("chat", str(tmp_path / "tiny"), "--max-tokens", "12")
+    assert result.code == 0
+    assert result.err == "the question has 42 tokens, the model takes 32\n"
+    first, *_, last = result.out.split("> ", 4)[1:]
+    assert first.strip()
+    assert last == "\n"
