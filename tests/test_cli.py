@@ -431,6 +431,21 @@ def test_chat_streams_and_leaves_cleanly(
     result = liubai_("chat", str(tmp_path / "tiny"), "--max-tokens", "12")
     assert result.code == 0
     assert result.err == "the question has 42 tokens, the model takes 32\n"
-    first, *_, last = result.out.split("> ", 4)[1:]
-    assert first.strip()
-    assert last == "\n"
+    assert result.out.startswith("> ")
+    assert result.out.endswith("\n> \n")  # left at the prompt, on a line of its own
+    assert len(result.out.split()) > 5
+
+
+def test_a_thought_is_dimmed_or_hidden(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["try", " 3", " </think>", " <answer>", " 7"]
+    texts = [("".join(words[: i + 1]), i == len(words) - 1) for i in range(len(words))]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    cli._show(texts, "<think>", show_thinking=True)
+    assert capsys.readouterr().out == ("\x1b[2mtry\x1b[0m\x1b[2m 3\x1b[0m\x1b[2m \x1b[0m\n<answer> 7\n")
+    cli._show(texts, "<think>", show_thinking=False)
+    assert capsys.readouterr().out == "\x1b[2mthinking…\x1b[0m\n<answer> 7\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    cli._show(texts, "<think>", show_thinking=False)
+    assert capsys.readouterr().out == "<answer> 7\n"
