@@ -98,22 +98,34 @@ class ModelConfig:
         unsupported = [k for k in ("attention_bias", "mlp_bias", "use_sliding_window") if raw.get(k)]
         if unsupported:
             raise UserError(f"config.json sets {unsupported[0]}, which is not supported")
-        heads = raw["num_attention_heads"]
+        heads = _whole(raw, "num_attention_heads")
+        hidden = _whole(raw, "hidden_size")
         eos = raw.get("eos_token_id")
         return cls(
             architecture=names[0],
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
+            vocab_size=_whole(raw, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_whole(raw, "intermediate_size"),
+            num_hidden_layers=_whole(raw, "num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            num_key_value_heads=_whole(raw, "num_key_value_heads", heads),
+            head_dim=_whole(raw, "head_dim", hidden // heads),
             rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            max_position_embeddings=_whole(raw, "max_position_embeddings", 2048),
             bos_token_id=raw.get("bos_token_id"),
             eos_token_id=eos[0] if isinstance(eos, list) else eos,
             pad_token_id=raw.get("pad_token_id"),
         )
+
+
+def _whole(raw: dict[str, Any], name: str, default: int | None = None) -> int:
+    """A size from config.json; ``null`` is the same as leaving it out."""
+    value = raw.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise UserError(f"config.json lacks {name}")
+    if type(value) is not int or value < 1:
+        raise UserError(f"config.json: {name} must be a whole number above 0, not {value!r}")
+    return value

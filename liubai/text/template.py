@@ -7,7 +7,6 @@ grader reads the same object, so a prefilled ``<think>`` is never held against t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -38,19 +37,30 @@ THINK_ANSWER = (
 )
 
 
-@dataclass(frozen=True, slots=True)
 class Template:
-    """``prompt_ids(question)`` and ``prefilled``, for thinking on or off."""
+    """``prompt_ids(question)`` and ``prefilled``, for thinking on or off.
 
-    tokenizer: TextTokenizer
-    source: str
-    thinking: bool = True
+    ``prefilled`` is what the template already wrote of the answer: ``""``, ``"<think>"``, or an empty
+    thought. Raises ``UserError`` when the template does not parse or does not render.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, source: str, *, thinking: bool = True) -> None:
+        self.tokenizer, self.source, self.thinking = tokenizer, source, thinking
+        try:
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            self._compiled = environment.from_string(source)  # milliseconds: once, not per prompt
+        except TemplateError as error:
+            raise UserError(f"the chat template does not parse: {error}") from error
+        mark = "\x00"
+        tail = self.render(mark).rpartition(mark)[2].rstrip()
+        self.prefilled = THINK if tail.endswith(THINK) else ""
+        if tail.endswith(END_THINK):
+            self.prefilled = f"{THINK} {END_THINK}"
 
     def render(self, question: str) -> str:
-        """The prompt as text. Raises ``UserError`` when the template does not parse."""
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        """The prompt as text."""
         try:
-            return environment.from_string(self.source).render(
+            return self._compiled.render(
                 messages=[{"role": "user", "content": question}],
                 add_generation_prompt=True,
                 bos_token=self.tokenizer.bos or "",
@@ -64,21 +74,12 @@ class Template:
     def prompt_ids(self, question: str) -> list[int]:
         return self.tokenizer.encode(self.render(question))
 
-    @property
-    def prefilled(self) -> str:
-        """What the template already wrote of the answer: ``""``, ``"<think>"`` or an empty thought."""
-        mark = "\x00"
-        tail = self.render(mark).rpartition(mark)[2].rstrip()
-        if tail.endswith(END_THINK):
-            return f"{THINK} {END_THINK}"
-        return THINK if tail.endswith(THINK) else ""
-
 
 def template_for(tokenizer: TextTokenizer, folder: Path, *, thinking: bool = True) -> Template:
     """The template of a checkpoint folder; :data:`THINK_ANSWER` when it has none."""
     path = folder / "chat_template.jinja"
     source = path.read_text(encoding="utf-8") if path.exists() else THINK_ANSWER
-    return Template(tokenizer, source, thinking)
+    return Template(tokenizer, source, thinking=thinking)
 
 
 def text_of(template: Template, sample: Sample) -> str:
