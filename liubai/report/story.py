@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
@@ -139,11 +140,14 @@ def window(n: int) -> int:
 
 def smooth(curve: Curve) -> Curve:
     """A centred moving mean over :func:`window` steps; gaps are skipped, and stay gaps."""
-    half = window(len(curve.xs)) // 2
+    n, half = len(curve.xs), window(len(curve.xs)) // 2
+    # Running sums: a window a point would make long curves quadratic.
+    sums = list(accumulate((y or 0.0 for y in curve.ys), initial=0.0))
+    counts = list(accumulate((y is not None for y in curve.ys), initial=0))
     ys: list[float | None] = []
     for i, y in enumerate(curve.ys):
-        near = [v for v in curve.ys[max(0, i - half) : i + half + 1] if v is not None]
-        ys.append(sum(near) / len(near) if y is not None else None)
+        lo, hi = max(0, i - half), min(n, i + half + 1)
+        ys.append((sums[hi] - sums[lo]) / (counts[hi] - counts[lo]) if y is not None else None)
     return Curve(curve.xs, tuple(ys))
 
 
@@ -157,8 +161,9 @@ TAKE_OFF_RULE = (
 def take_off(reflections: Curve) -> int | None:
     """The step of :data:`TAKE_OFF_RULE`, or ``None``.
 
-    The noise is that of the smoothed curve: a robust spread of the raw points around it, over the
-    square root of the window, times four (a flat curve's extremes reach about three).
+    The noise is that of the smoothed curve: a robust spread of the raw points around it (undone of the
+    share that a point has in its own mean) over the square root of the window, times six. A flat
+    curve's start and maximum lie up to about five apart, for means at the edges rest on fewer points.
     """
     raw, points = reflections.known, smooth(reflections).known
     if len(points) < 4:
@@ -166,7 +171,7 @@ def take_off(reflections: Curve) -> int | None:
     start = points[0][1]
     rise = max(y for _, y in points) - start
     spread = median(abs(y - s) for (_, y), (_, s) in zip(raw, points, strict=True)) * 1.4826
-    noise = 4 * spread / window(len(reflections.xs)) ** 0.5
+    noise = 6 * spread / max(1, window(len(reflections.xs)) - 1) ** 0.5
     if rise <= max(0.1, 0.2 * start, noise):
         return None
     first: float | None = None
