@@ -230,6 +230,16 @@ def saved(folder: Path) -> Path:
     return folder / "state"
 
 
+def test_a_state_that_stepped_aside_for_a_killed_save_is_found(folder: Path) -> None:
+    state = saved(folder)
+    state.rename(folder / f".state{files.OLD}")
+    (folder / f".state.12345678{files.TEMPORARY}").mkdir()
+    restored = context(folder).restore()
+    assert restored is not None
+    assert restored.step == 1
+    assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "state"}
+
+
 def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
