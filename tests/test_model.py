@@ -201,7 +201,7 @@ def test_tokenizer_and_template_agree_with_transformers(
     transformers = pytest.importorskip("transformers")
     save_checkpoint(tmp_path / "c", tiny_model(0, fit(tiny_config(), world)), world, source)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "c")
-    ours = Template(load(tmp_path / "c")[1], source, thinking)
+    ours = Template(load(tmp_path / "c")[1], source, thinking=thinking)
     assert (theirs.bos_token, theirs.eos_token) == (world.bos, world.eos)
     assert (theirs.eos_token_id, theirs.pad_token_id) == (world.eos_id, world.pad_id)
     for question in QUESTIONS:

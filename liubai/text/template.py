@@ -33,7 +33,8 @@ THINK_ANSWER = (
     "{{ 'User' if message.role == 'user' else 'Assistant' }}: {{ message.content }}\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant: <think>"
-    "{% if thinking is defined and not thinking %}\n</think>{% endif %}{% endif %}"
+    # an expression: the newline right after a block would be trimmed
+    "{% if thinking is defined and not thinking %}{{ '\\n' }}</think>{% endif %}{% endif %}"
 )
 
 
@@ -68,7 +69,7 @@ class Template:
                 thinking=self.thinking,
                 enable_thinking=self.thinking,
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise UserError(f"the chat template does not work: {error}") from error
 
     def prompt_ids(self, question: str) -> list[int]:
