@@ -49,8 +49,10 @@ def sample(
 
 
 def nucleus(probs_SV: Tensor, top_p_S: Tensor) -> Tensor:
-    """Zero all but the smallest set of tokens whose mass reaches top_p (Holtzman et al. 2020)."""
+    """Zero all but the smallest set of tokens whose mass reaches top_p (Holtzman et al. 2020).
+    With top_p 1 nothing is touched, to the last bit: neighbours in a batch do not matter."""
     sorted_SV, order_SV = probs_SV.sort(-1, descending=True)
     before_SV = sorted_SV.cumsum(-1) - sorted_SV
-    sorted_SV = sorted_SV.masked_fill(before_SV >= top_p_S[:, None], 0.0)
+    outside_SV = (before_SV >= top_p_S[:, None]) & (top_p_S[:, None] < 1)
+    sorted_SV = sorted_SV.masked_fill(outside_SV, 0.0)
     return torch.zeros_like(probs_SV).scatter_(1, order_SV, sorted_SV)

@@ -76,7 +76,7 @@ class TorchEngine:
         partials = self._begun()
         with torch.no_grad():
             own = self.model.state_dict()
-            if own.keys() != weights.keys():
+            if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in weights.items()}:
                 raise ValueError("the weights belong to a model of another shape")
             for name, tensor in own.items():
                 tensor.copy_(weights[name])
@@ -95,7 +95,7 @@ class TorchEngine:
                     f"a request needs {need} tokens (prompt + max_tokens), the engine holds "
                     f"{self.max_length}; lower max_tokens or raise max_length"
                 )
-            self._queue.append(partial)
+        self._queue.extend(partials)
 
     def partials(self) -> list[Partial]:
         return [*self._begun(), *self._queue]
@@ -170,6 +170,9 @@ class TorchEngine:
         n = int(self._count[slot])
         spans = self._spans[slot]
         fresh = n - sum(span.count for span in spans)
+        if fresh and spans and spans[-1].version == self._version:  # resumed under the same weights
+            fresh += spans[-1].count
+            spans = spans[:-1]
         versions = (*spans, Span(self._version, fresh)) if fresh else tuple(spans)
         return Partial(
             request,
