@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """" — did you mean 'x'?" for the closest valid word, or the list when nothing is close."""
+    """ " — did you mean 'x'?" for the closest valid word, or the list when nothing is close."""
     options = sorted(valid)
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
     if close:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 #: Rewards that differ by less than this are equal: float noise must not become a huge advantage.

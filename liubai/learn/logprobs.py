@@ -26,7 +26,7 @@ class _TokenLogprobs(Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(targets_N.shape[0], dtype=torch.float32, device=hidden_ND.device)
         entropy, normalizer = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        for rows in _chunks(*hidden_ND.shape[:1], weight_VD.shape[0]):
+        for rows in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
             logits = _logits(hidden_ND[rows], weight_VD, temperature)
             lse = logits.logsumexp(-1)
             chosen = logits.gather(1, targets_N[rows, None])[:, 0]
@@ -44,7 +44,7 @@ class _TokenLogprobs(Function):
         hidden_ND, weight_VD, targets_N, normalizer = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_ND)
         grad_weight = torch.zeros_like(weight_VD)
-        for rows in _chunks(*hidden_ND.shape[:1], weight_VD.shape[0]):
+        for rows in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
             logits = _logits(hidden_ND[rows], weight_VD, ctx.temperature)
             # d logprob / d logits = onehot − p
             scale = grad_N[rows, None] / ctx.temperature

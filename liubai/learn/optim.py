@@ -19,12 +19,13 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly: singular values all near 1."""
     a, b, c = NEWTON_SCHULZ
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (torch.linalg.matrix_norm(x) + 1e-7)
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.T if tall else x
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
@@ -77,7 +78,7 @@ class Optimizer:
         back non-finite and the caller decides.
         """
         grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
-        norm = torch.stack([g.norm() for g in grads.values()]).norm().item()
+        norm = float(torch.stack([g.norm() for g in grads.values()]).norm())
         if math.isfinite(norm):
             self.steps += 1
             clip = min(1.0, self.max_norm / (norm + 1e-6))

@@ -110,16 +110,18 @@ def pack(sequences: Sequence[Sequence1], width: int, pad_id: int) -> Batch:
 
 
 def micro_batches(sequences: Sequence[Sequence1], pad_id: int, tokens: int) -> list[Batch]:
-    """Pack by width class (64, 128, 256 …), then cut into micro-batches of about ``tokens`` tokens.
+    """Sequences of similar length share a micro-batch of about ``tokens`` tokens.
 
-    Attention costs each token the width of its row, so short sequences share narrow rows.
+    Rows are as wide as the longest sequence of their micro-batch, not of the whole update: attention
+    costs each token the width of its row, and where lengths are alike, each row is one document and
+    needs no attention mask at all.
     """
-    classes: dict[int, list[Sequence1]] = {}
-    for s in sequences:
-        width = max(64, 1 << (len(s.ids) - 1).bit_length())
-        classes.setdefault(width, []).append(s)
-    return [
-        part
-        for width in sorted(classes)
-        for part in pack(classes[width], width, pad_id).split(max(1, tokens // width))
-    ]
+    lots: list[list[Sequence1]] = [[]]
+    room = tokens
+    for s in sorted(sequences, key=lambda s: -len(s.ids)):
+        if lots[-1] and room < len(s.ids):
+            lots.append([])
+            room = tokens
+        lots[-1].append(s)
+        room -= len(s.ids)
+    return [pack(lot, len(lot[0].ids), pad_id) for lot in lots if lot]

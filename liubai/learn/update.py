@@ -102,9 +102,7 @@ def update(
     return metrics
 
 
-def sequences(
-    pairs: Sequence[tuple[Sample, float]], config: UpdateConfig, version: int
-) -> list[Sequence1]:
+def sequences(pairs: Sequence[tuple[Sample, float]], config: UpdateConfig, version: int) -> list[Sequence1]:
     """Samples with their advantages as packable sequences; only completion tokens are learned."""
     lengths = [len(s.completion_ids) for s, _ in pairs]
     weights = token_weights(lengths, config.loss.aggregation, config.max_tokens)

@@ -38,8 +38,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
             raise UserError(
-                f"architecture '{self.architecture}' is not supported; supported: "
-                + ", ".join(ARCHITECTURES)
+                f"architecture '{self.architecture}' is not supported; supported: " + ", ".join(ARCHITECTURES)
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(

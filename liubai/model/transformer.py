@@ -159,6 +159,8 @@ def causal(documents_BT: Tensor | None = None) -> Attend:
         same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
         lower_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
         mask_B1TT = (same_BTT & lower_TT)[:, None]
+        # additive, made once: from a boolean mask every layer would make its own
+        mask_B1TT = torch.zeros(mask_B1TT.shape).masked_fill_(~mask_B1TT, float("-inf"))
 
     def attend(layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
         out_BHTE = F.scaled_dot_product_attention(

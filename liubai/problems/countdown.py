@@ -42,9 +42,7 @@ class Try:
         """One line of a search: the steps, the result, how far off it is."""
         result = f"={self.value}" if self.value <= LARGEST else "=big"
         off = f":{abs(self.value - target)}" if self.value <= LARGEST else ":far"
-        return (
-            f"{self.first} {self.op} {self.second} ={self.middle} {self.op2} {self.last} {result} {off}"
-        )
+        return f"{self.first} {self.op} {self.second} ={self.middle} {self.op2} {self.last} {result} {off}"
 
     def answer(self) -> str:
         return f"( {self.first} {self.op} {self.second} ) {self.op2} {self.last}"

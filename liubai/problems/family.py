@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from liubai.seeds import stream
 from liubai.types import Problem
@@ -20,8 +21,7 @@ Split = Literal["train", "eval"]
 EVAL_SHARE = 0.2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Habits:
+class Habits(BaseModel):
     """How the people wrote whose text the base model reads. Shares are of documents.
 
     ``blind`` guess with no thought at all; the others search, and after each failed try give up
@@ -30,11 +30,13 @@ class Habits:
     their asides in Chinese.
     """
 
-    blind: float = 0.7
-    stop: float = 0.2
-    patient: float = 0.1
-    methodical: float = 0.5
-    chinese: float = 0.2
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    blind: float = Field(0.7, ge=0, le=1)
+    stop: float = Field(0.2, ge=0, le=1)
+    patient: float = Field(0.1, ge=0, le=1)
+    methodical: float = Field(0.5, ge=0, le=1)
+    chinese: float = Field(0.2, ge=0, le=1)
 
 
 class Family(Protocol):

@@ -149,9 +149,10 @@ def panel_charts(stages: Sequence[Stage]) -> dict[str, list[Chart]]:
             ),
             _split(
                 "gap", "Sampler against trainer",
-                "Mean absolute difference of the two log-probabilities of the same token under the same "
-                "weights: it should stay near zero.",
-                "log-probability gap (nats)", stages, [("logprob_gap", "gap")],
+                "Mean absolute difference of a token's two log-probabilities: under the same weights it should "
+                "stay near zero; answers that older weights wrote add to it.",
+                "log-probability gap (nats)", stages,
+                [("logprob_gap", "as learned from"), ("logprob_gap/fresh", "same weights")],
             ),
             _split(
                 "kl", "KL to the reference",

@@ -136,7 +136,9 @@ def read_run(path: Path) -> Run:
 
 def _read_stage(name: str, table: dict[str, Any], folder: Path | None, notes: list[str]) -> Stage:
     kind = str(table.get("kind", ""))
-    stage = Stage(name, kind, str(table.get("from", "")), folder)
+    parents = table.get("from", "")  # one name, or the resolved recipe's list of names
+    parent = next(iter(parents), "") if isinstance(parents, list) else parents
+    stage = Stage(name, kind, str(parent), folder)
     if folder is None:
         notes.append(f"The stage “{name}” ({kind}) has not started.")
         return stage

@@ -209,7 +209,11 @@ def _change(
     before: Evaluated, after: Evaluated, key: str, lead: str, form: Callable[[float], str], unit: str = ""
 ) -> list[str]:
     a, b = before.value(key), after.value(key)
-    return [f"{lead} from {form(a)} to {form(b)}{unit}"] if a is not None and b is not None else []
+    if a is None or b is None:
+        return []
+    if form(a) == form(b):
+        return [f"{lead.removesuffix(' went')} stayed at {form(a)}{unit}"]
+    return [f"{lead} from {form(a)} to {form(b)}{unit}"]
 
 
 def _took_off(stage: Stage) -> str:

@@ -49,9 +49,7 @@ class Band:
         for name in ("k", "v"):
             old: Tensor = getattr(self, name)
             # zeros, not empty: masked columns are multiplied by 0, and 0 × NaN is NaN
-            new = torch.zeros(
-                layers, capacity, heads, width, size, dtype=old.dtype, device=self.slots.device
-            )
+            new = torch.zeros(layers, capacity, heads, width, size, dtype=old.dtype, device=self.slots.device)
             if len(self):
                 new[:, : len(self)] = old[:, : len(self)]
             setattr(self, name, new)
@@ -91,8 +89,14 @@ class BandedCache:
         for band in self.bands:
             band.slots = band.slots[:0]
 
-    def admit(self, slots: Tensor, keys_LBTKE: Sequence[Tensor], values_LBTKE: Sequence[Tensor],
-              source: Tensor, lengths: Sequence[int]) -> None:
+    def admit(
+        self,
+        slots: Tensor,
+        keys_LBTKE: Sequence[Tensor],
+        values_LBTKE: Sequence[Tensor],
+        source: Tensor,
+        lengths: Sequence[int],
+    ) -> None:
         """Take in prefilled rows: slot ``i`` copies the first ``lengths[i]`` tokens of row
         ``source[i]``. Room for one more token is part of the choice of band."""
         for b, band in enumerate(self.bands):

@@ -208,5 +208,3 @@ def run(config: Config, context: Context) -> None:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-

@@ -42,25 +42,13 @@ class ModelShape(BaseModel):
     head_dim: int = Field(32, gt=0)
 
 
-class HabitsConfig(BaseModel):
-    """See :class:`liubai.problems.family.Habits`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    blind: float = Field(0.7, ge=0, le=1)
-    stop: float = Field(0.2, ge=0, le=1)
-    patient: float = Field(0.1, ge=0, le=1)
-    methodical: float = Field(0.5, ge=0, le=1)
-    chinese: float = Field(0.2, ge=0, le=1)
-
-
 class Config(StageConfig):
     steps: int = Field(gt=0)
     tokens_per_step: int = Field(4096, gt=0)
-    tokens_per_microbatch: int = Field(4096, gt=0)
+    tokens_per_microbatch: int = Field(2048, gt=0)
     #: family name -> share of documents
     families: dict[str, float] = {"countdown": 1.0}
-    habits: HabitsConfig = HabitsConfig()
+    habits: Habits = Habits()
     model: ModelShape = ModelShape()
     lr: float = Field(3e-3, gt=0, description="AdamW: embeddings, head and norms")
     muon_lr: float = Field(1e-2, gt=0, description="Muon: hidden matrices")
@@ -125,7 +113,6 @@ def _backward(model: Transformer, batch: Batch, weight: float) -> float:
 def documents(config: Config, tokenizer: TextTokenizer, seed: int, step: int) -> Iterator[Sequence1]:
     """The found text of one step, about ``tokens_per_step`` tokens, train problems only."""
     rng = stream(seed, "corpus", step)
-    habits = Habits(**config.habits.model_dump())
     families = [family(name) for name in config.families]
     shares = list(config.families.values())
     room = config.tokens_per_step
@@ -134,7 +121,7 @@ def documents(config: Config, tokenizer: TextTokenizer, seed: int, step: int) ->
         problem = kind.sample(rng)
         if split_of(f"{kind.name}/{kind.key(problem)}") != "train":
             continue
-        text = kind.document(problem, rng, habits)
+        text = kind.document(problem, rng, config.habits)
         ids = tokenizer.encode(f"{tokenizer.bos} {problem.prompt} {text}{EOS}")
         room -= len(ids)
         yield Sequence1(ids, [True] * len(ids))

@@ -44,7 +44,7 @@ class Config(StageConfig):
     warmup: int = Field(0, ge=0, description="steps")
     decay: float = Field(0.0, ge=0, le=1, description="share of the steps in which lr falls to 0")
     minibatches: int = Field(1, gt=0)
-    tokens_per_microbatch: int = Field(4096, gt=0)
+    tokens_per_microbatch: int = Field(2048, gt=0)
     max_norm: float = Field(1.0, gt=0)
     loss: LossConfig = LossConfig(aggregation="token-mean")
     normalize_std: bool = True
@@ -98,9 +98,7 @@ def run(config: Config, context: Context) -> None:
         reference = load(parent)[0] if config.loss.kl else None
         if state := context.restore():
             _load_model(model, "model/", state.tensors)
-            optimizer.load_state_dict(
-                {n: state.tensors[f"optimizer/{n}"] for n in optimizer.state_dict()}
-            )
+            optimizer.load_state_dict({n: state.tensors[f"optimizer/{n}"] for n in optimizer.state_dict()})
             if reference:
                 _load_model(reference, "reference/", state.tensors)
             rollouts.restore(state.meta["rollouts"])
@@ -158,9 +156,11 @@ def run(config: Config, context: Context) -> None:
                 metrics |= look(done)
             context.log(done, config.steps, metrics)
             if done % config.save_every == 0 and done < config.steps:
-                context.save(done, _tensors(model, optimizer, reference), {
-                    "tokens": tokens, "skipped": skipped, "rollouts": rollouts.state()
-                })
+                context.save(
+                    done,
+                    _tensors(model, optimizer, reference),
+                    {"tokens": tokens, "skipped": skipped, "rollouts": rollouts.state()},
+                )
     save_checkpoint(context.folder / "checkpoint", model, tokenizer, template.source)
 
 
@@ -204,5 +204,3 @@ def _tensors(model: Transformer, optimizer: Optimizer, reference: Transformer | 
 
 def _load_model(model: Transformer, prefix: str, tensors: dict[str, Any]) -> None:
     model.load_state_dict({n: tensors[prefix + n] for n in model.state_dict()})
-
-
