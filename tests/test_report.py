@@ -7,11 +7,11 @@ import random
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from fake_run import lines, rl_rows, write_eval, write_fake_run
+from html_page import Page
 
 from liubai.errors import UserError
 from liubai.report import headline, save_figure, write_report
@@ -28,49 +28,6 @@ CHARTS = (
     *("accuracy", "length", "reflections", "pass", "entropy", "format", "parts", "variance", "clip", "gap"),
     *("throughput", "phases", "loss"),
 )
-VOID = {"meta", "link", "img", "br", "hr", "input"}
-
-
-class Page(HTMLParser):
-    """What the tests ask of a page: its tags, ids, balance, and the text of each element with an id."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: dict[str, str] = {}
-        self.scripts: list[str] = []
-        self._open: list[tuple[str, str | None]] = []
-        self.feed(html)
-        self.close()
-        assert not self._open, f"never closed: {self._open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append((tag, dict(attrs).get("id")))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        opened, _ = self._open.pop()
-        assert opened == tag, f"<{opened}> closed by </{tag}>"
-
-    def handle_data(self, data: str) -> None:
-        for tag, id in self._open:
-            if id:
-                self.text[id] = self.text.get(id, "") + data
-            if tag == "script":
-                self.scripts.append(data)
-
-    @property
-    def ids(self) -> list[str]:
-        return [id for _, attrs in self.tags if (id := attrs.get("id"))]
-
-    def marks(self) -> list[int]:
-        """The steps of the take-off markers, over all charts."""
-        found = [attrs["data-step"] for _, attrs in self.tags if "data-step" in attrs]
-        return [int(step) for step in found if step]
 
 
 def page(run: Path) -> Page:
@@ -133,6 +90,7 @@ def test_answers_are_marked(finished: Path) -> None:
     assert '<span class="wait">wait</span>' in html
     assert '<span class="wait">等等</span>' in html
     assert '<span class="tag">&lt;/think&gt;</span>' in html
+    assert '<span class="said"> ( ' in html
     assert "✓ right" in html
     assert "✗ wrong" in html
 
@@ -341,6 +299,24 @@ def test_before_is_what_the_rl_stage_began_from(tmp_path: Path) -> None:
     assert "from 12.4 % to 59.4 %" in headline_sentence(run)
 
 
+def test_the_resolved_recipe_lists_its_parents(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    plain = headline(run)
+    text = re.sub(r"from = (.*)", r"from = [\1]", (run / "recipe.toml").read_text())
+    (run / "recipe.toml").write_text(text)
+    assert "→" in plain
+    assert headline(run) == plain
+
+
+def test_a_result_that_did_not_move_says_so(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run")
+    write_eval(run / "3-zero-after", "zero", 0.0, random.Random(0))
+    assert "pass@1 stayed at 12.4 % and the mean answer stayed at 32 tokens" in headline_sentence(run)
+    path = run / "3-zero-after" / "eval.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mean_tokens": 50.0}))
+    assert "stayed at 12.4 % and the mean answer went from 32 to 50 tokens" in headline_sentence(run)
+
+
 def test_figure(finished: Path, tmp_path: Path) -> None:
     out = save_figure(finished, tmp_path / "new" / "figure.png")
     assert out.read_bytes().startswith(b"\x89PNG")
@@ -371,6 +347,7 @@ def test_ticks_cover_and_read_well() -> None:
     assert [tick_text(t, [0, 0.25, 0.5], True) for t in (0, 0.25, 0.5)] == ["0%", "25%", "50%"]
     assert [tick_text(t, [0, 2500, 10000]) for t in (0, 2500, 10000)] == ["0", "2.5k", "10.0k"]
     assert tick_text(-0.5, [-0.5, 0.0]) == "−0.5"
+    assert nice_ticks(0.0, 0.0)[0] == 0.0  # a share that is zero throughout has no negative half
     assert nice_ticks(3.0, 3.0)[0] < 3.0 < nice_ticks(3.0, 3.0)[-1]
 
 

@@ -94,17 +94,17 @@ def _marked(text: str, reflections: Sequence[tuple[int, int]]) -> Markup:
     """``text`` escaped, with tags, reflection words and the thought wrapped in spans."""
     spans = [(a, b, "wait") for a, b in reflections]
     spans += [(m.start(), m.end(), "tag") for m in _TAG.finditer(text)]
-    start, end = thought_span(text) if reflections or "</think>" in text else (0, 0)
+    _, end = thought_span(text)
     pieces: list[str] = []
     at = 0
     for a, b, name in sorted(spans):
-        pieces += [_plain(text, at, a, start, end), f'<span class="{name}">{escape(text[a:b])}</span>']
+        pieces += [_plain(text, at, a, end), f'<span class="{name}">{escape(text[a:b])}</span>']
         at = b
-    pieces.append(_plain(text, at, len(text), start, end))
+    pieces.append(_plain(text, at, len(text), end))
     return Markup("".join(pieces))
 
 
-def _plain(text: str, a: int, b: int, start: int, end: int) -> str:
+def _plain(text: str, a: int, b: int, end: int) -> str:
     """``text[a:b]`` escaped; the part after the thought stands out, for it is what is graded."""
     piece = str(escape(text[a:b]))
-    return f'<span class="said">{piece}</span>' if piece.strip() and a >= end > start else piece
+    return f'<span class="said">{piece}</span>' if piece.strip() and a > end else piece

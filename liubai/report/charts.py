@@ -149,8 +149,8 @@ def panel_charts(stages: Sequence[Stage]) -> dict[str, list[Chart]]:
             ),
             _split(
                 "gap", "Sampler against trainer",
-                "Mean absolute difference of a token's two log-probabilities: under the same weights it should "
-                "stay near zero; answers that older weights wrote add to it.",
+                "Mean absolute difference of a token's two log-probabilities: under the same weights it "
+                "should stay near zero; answers that older weights wrote add to it.",
                 "log-probability gap (nats)", stages,
                 [("logprob_gap", "as learned from"), ("logprob_gap/fresh", "same weights")],
             ),

@@ -133,7 +133,7 @@ def _change(before: float | None, after: float | None, form: str) -> tuple[str, 
     """The difference with its sign, in percentage points or as a count, and the factor of a count."""
     if before is None or after is None:
         return "–", ""
-    sign = "+" if after >= before else "−"
+    sign = "" if after == before else "+" if after > before else "−"
     if form == "%":
         return f"{sign}{abs(100 * (after - before)):.1f} pt", ""
     factor = f"×{after / before:.1f}" if before > 0 and after > 0 else ""

@@ -195,6 +195,8 @@ def sentence(run: Run) -> str:
         parts = _change(before, after, "pass@1", "pass@1 went", lambda v: show(v, "%"))
         parts += _change(before, after, "mean_tokens", "the mean answer", lambda v: f"{v:,.0f}", " tokens")
         said = " and ".join(parts) or "nothing comparable was measured"
+        if "stayed" in said:  # the second verb was borrowed from the first
+            said = said.replace("the mean answer from", "the mean answer went from")
         return f"{steps}, {said}{_took_off(stage)}."
     if rl and rl[0].rows:
         known = smooth(rl[0].curve("accuracy")).known

@@ -78,7 +78,7 @@ class Chart:
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers that cover [low, high], roughly ``about`` steps of 1, 2, 2.5 or 5 × 10ⁿ."""
     if not high > low:
-        low, high = (low - 1, high + 1) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
+        low, high = (0.0, 1.0) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
@@ -183,8 +183,9 @@ def _axes(chart: Chart, x_low: float, x_high: float, y_ticks: list[float], px: S
         ticks = [2.0**i for i in range(40) if x_low <= 2**i <= x_high] or [x_low]
     else:
         ticks = [t for t in nice_ticks(x_low, x_high, 5) if x_low - 1e-9 <= t <= x_high + 1e-9]
-        if x_low == x_high:
-            ticks = [x_low]
+        if chart.x_label == "step":  # a short run must not show half steps
+            ticks = [t for t in ticks if t == round(t)]
+        ticks = [x_low] if x_low == x_high else ticks
     for t in ticks:
         text = tick_text(t, ticks)
         y = HEIGHT - BOTTOM + 17
