@@ -114,6 +114,17 @@ def test_packed_documents_do_not_see_each_other() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_packed_rows_work_in_every_precision(dtype: torch.dtype) -> None:
+    model = tiny_model(3).to(dtype)
+    ids = torch.randint(0, 60, (1, 12), generator=torch.Generator().manual_seed(2))
+    positions, documents = torch.tensor([[*range(7), *range(5)]]), torch.tensor([[0] * 7 + [1] * 5])
+    apart = torch.cat([model(ids[:, :7]), model(ids[:, 7:])], 1)
+    tolerance = 1e-12 if dtype is torch.float64 else 0.1
+    torch.testing.assert_close(model(ids, positions, documents), apart, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
 def test_no_token_sees_a_later_one() -> None:
     model = tiny_model(3)
     ids = torch.randint(0, 60, (2, 12), generator=torch.Generator().manual_seed(2))

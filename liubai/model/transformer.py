@@ -160,14 +160,15 @@ def causal(documents_BT: Tensor | None = None) -> Attend:
         lower_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
         mask_B1TT = (same_BTT & lower_TT)[:, None]
         # additive, made once: from a boolean mask every layer would make its own
-        mask_B1TT = torch.zeros(mask_B1TT.shape).masked_fill_(~mask_B1TT, float("-inf"))
+        zeros_B1TT = torch.zeros(mask_B1TT.shape, device=mask_B1TT.device)
+        mask_B1TT = zeros_B1TT.masked_fill_(~mask_B1TT, float("-inf"))
 
     def attend(layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
         out_BHTE = F.scaled_dot_product_attention(
             q_BTHE.transpose(1, 2),
             k_BTKE.transpose(1, 2),
             v_BTKE.transpose(1, 2),
-            attn_mask=mask_B1TT,
+            attn_mask=None if mask_B1TT is None else mask_B1TT.to(q_BTHE.dtype),
             is_causal=mask_B1TT is None,
             enable_gqa=q_BTHE.shape[2] != k_BTKE.shape[2],
         )
