@@ -228,13 +228,20 @@ def _items(lines: Iterable[str], file: str) -> Iterator[GradeItem]:
 
 
 @app.command(epilog="Example: liubai report runs/zero")
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    png: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the three curves.")] = None,
+) -> None:
     """Write the report of a run again."""
     if not (run / "recipe.toml").is_file():
         raise UserError(f"'{run}' is not a run folder: it has no recipe.toml")
-    from liubai.report import write_report
+    from liubai.report import headline, save_figure, write_report
 
-    print(f"report: {write_report(run)}")
+    page = write_report(run)
+    print(headline(run))
+    print(f"report: {page}")
+    if png:
+        print(f"figure: {save_figure(run, png)}")
 
 
 @app.command(epilog="Example: liubai chat runs/zero/2-zero/checkpoint --no-show-thinking")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,13 +80,19 @@ def update(
         part = pairs[i : i + per_minibatch]
         batches = micro_batches(sequences(part, config, version), pad_id, config.tokens_per_microbatch)
         old = _old_logprobs(model, batches, config) if config.loss.importance_cap else None
+        loss = 0.0
         for b, batch in enumerate(batches):
             seen = _backward(model, batch, config, old[b] if old else None, reference)
             if i == 0:
                 _check_agreement(seen, config.tolerance)
             for name, value in seen.items():
                 sums[name] += value
-        norms.append(optimizer.step(lr_scale))
+            loss += seen["loss"]
+        if math.isfinite(loss):
+            norms.append(optimizer.step(lr_scale))
+        else:  # the gradients may look finite all the same: a clamp passes nothing on
+            optimizer.zero_grad()
+            norms.append(math.nan)
     tokens = max(1.0, sums.pop("tokens"))
     fresh, fresh_gap = sums.pop("fresh"), sums.pop("fresh_gap")
     weight, squared = sums.pop("importance"), sums.pop("importance_squared")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from liubai import files
 from liubai.errors import UserError
+from liubai.recipe.environment import describe
 from liubai.recipe.recipe import Recipe, StagePlan
 from liubai.stages import stage_module
 from liubai.stages.context import Context, read_done, read_meta
@@ -41,6 +42,7 @@ def run(recipe: Recipe, out: Path, view: View) -> Path:
     with _locked(out):
         files.sweep(out)
         files.write_text(out / "recipe.toml", recipe.to_toml())
+        files.write_json(out / "environment.json", describe(recipe.threads))
         _renumber(recipe, out, view)
         finished: dict[str, Path] = {}
         fingerprints: dict[str, str] = {}

@@ -1,0 +1,35 @@
+"""On what a run was made: the facts without which a figure cannot be compared."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("liubai", "torch", "numpy", "tokenizers", "safetensors")
+
+
+def describe(threads: int) -> dict[str, str | int]:
+    """A flat JSON object: versions, processor, cores, threads. Imports nothing heavy."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "processor": _processor(),
+        "cores": os.cpu_count() or 0,
+        "threads": threads,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    """The processor's name and the vector units that decide its speed; empty where /proc is not."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    lines = {name.strip(): value.strip() for name, value in pairs}
+    flags = lines.get("flags", "").split()
+    units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in flags]
+    return f"{lines.get('model name', platform.processor())} ({', '.join(units) or 'no AVX2'})"
