@@ -63,12 +63,17 @@ class Result:
         return sum(self.lengths) / max(1, len(self.lengths))
 
 
-def run(job: Job) -> Result:
-    """Do ``job`` in a process of its own. Raises :class:`BenchError`."""
+def run(job: Job, timeout: float | None = None) -> Result:
+    """Do ``job`` in a process of its own. Raises :class:`BenchError`, also after ``timeout`` seconds."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "result.json"
         command = [sys.executable, "-m", "bench.side", json.dumps(asdict(job)), str(answer)]
-        done = subprocess.run(command, env=environment(job.threads), capture_output=True, text=True)
+        try:
+            done = subprocess.run(
+                command, env=environment(job.threads), capture_output=True, text=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired:
+            raise BenchError(f"{job.task} {job.knob} took more than {timeout:.0f} s") from None
         if done.returncode or not answer.exists():
             raise BenchError(f"{job.task} failed ({done.returncode}):\n{done.stderr[-3000:]}")
         return Result(**json.loads(answer.read_text(encoding="utf-8")))

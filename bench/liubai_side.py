@@ -66,9 +66,7 @@ def step(job: Job) -> Result:
             graded = rollouts.collect()
             written = time.perf_counter()
             groups = [_rewarded(g, job.cap) for g in graded]
-            learned = update(
-                model, optimizer, groups, settings, version=number, pad_id=tokenizer.pad_id
-            )
+            learned = update(model, optimizer, groups, settings, version=number, pad_id=tokenizer.pad_id)
             metrics = rollout_metrics(graded, version=number)
             ended = time.perf_counter()
             if number < job.warmup:
@@ -94,9 +92,7 @@ def step(job: Job) -> Result:
 def _rewarded(graded: GradedGroup, cap: int) -> Group:
     """The group under the benchmark's reward, from the verdicts that ``Rollouts`` already has."""
     totals = [
-        world.total_reward(
-            a.verdict, a.sample.completion_ids, eos=a.sample.stop is Stop.EOS, cap=cap
-        )
+        world.total_reward(a.verdict, a.sample.completion_ids, eos=a.sample.stop is Stop.EOS, cap=cap)
         for a in graded.answers
     ]
     return replace(graded.group, rewards=tuple(Reward({"bench": t}, t) for t in totals))

@@ -120,7 +120,8 @@ def step(job: Job) -> Result:
         trainer.train()
     dtypes = {str(p.dtype) for p in trainer.model.parameters()}
     assert dtypes == {"torch.float32"}, dtypes
-    assert len(lengths) == total and len(clock.ends) == total + 1, "one generation a step"
+    assert len(lengths) == total, "one generation a step"
+    assert len(clock.ends) == total + 1, "one update a step"
     spent = [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)]
     counted = lengths[job.warmup :]
     return Result(
@@ -156,7 +157,7 @@ def write(job: Job) -> Result:
 
     def answer(count: int, cap: int) -> list[int]:
         if job.knob.get("continuous"):
-            from transformers.generation import ContinuousBatchingConfig
+            from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
             outputs = model.generate_batch(
                 prompts[:count],
@@ -164,6 +165,7 @@ def write(job: Job) -> Result:
                 continuous_batching_config=ContinuousBatchingConfig(**job.knob["continuous"]),
                 progress_bar=False,
             )
+            assert len(outputs) == count, "continuous batching lost requests"
             return [len(output.generated_tokens) for output in outputs.values()]
         lengths: list[int] = []
         for i in range(0, count, batch):
@@ -175,7 +177,7 @@ def write(job: Job) -> Result:
         return lengths
 
     torch.manual_seed(job.seed)
-    with torch.inference_mode():
+    with torch.no_grad():
         for _ in range(job.warmup):
             answer(min(64, job.prompts), min(16, job.cap))
         seconds: list[float] = []

@@ -51,7 +51,7 @@ def peak(job: Job) -> Result:
     for n in (512, 1024, 2048):
         a, b = torch.randn(n, n), torch.randn(n, n)
         out = a @ b
-        rates = []
+        rates: list[float] = []
         until = time.perf_counter() + job.knob.get("seconds", 1.0)
         while time.perf_counter() < until or len(rates) < 3:
             started = time.perf_counter()
@@ -62,9 +62,7 @@ def peak(job: Job) -> Result:
 
 
 def _figures(notes: dict[str, object]) -> Result:
-    return Result(
-        seconds=[], tokens=[], lengths=[], prompt_tokens=0, peak_rss=own_peak_rss(), notes=notes
-    )
+    return Result(seconds=[], tokens=[], lengths=[], prompt_tokens=0, peak_rss=own_peak_rss(), notes=notes)
 
 
 TASKS = {

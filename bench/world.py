@@ -9,7 +9,7 @@ lengths are geometric, cut off at the cap — and neither side needs a logits pr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -91,7 +91,7 @@ def _end_weight(model: Transformer, eos: int, hazard: float) -> float:
     )
 
 
-def _bisect(f, target: float, low: float, high: float) -> float:  # type: ignore[no-untyped-def]
+def _bisect(f: Callable[[float], float], target: float, low: float, high: float) -> float:
     """x in [low, high] with f(x) = target, for a monotonic f."""
     rising = f(high) > f(low)
     for _ in range(100):
