@@ -7,6 +7,8 @@ outputs, unit norms and zero biases, and would hide a mistake in any of them.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +20,8 @@ from torch import Tensor
 from liubai.model.config import ModelConfig
 from liubai.model.transformer import Transformer
 from liubai.problems import world_vocabulary
+from liubai.stages import pretrain
+from liubai.stages.context import Context
 from liubai.text.tokenizer import TextTokenizer, word_level
 from liubai.types import Sample, Span, Stop
 
@@ -80,3 +84,44 @@ def random_sample(
 def world() -> TextTokenizer:
     """The small world's tokenizer."""
     return word_level(world_vocabulary())
+
+
+class Killed(Exception):
+    """What stands for the end of the process."""
+
+
+class Silent:
+    """A view that kills its stage when step ``kill_at`` is logged."""
+
+    def __init__(self, kill_at: int | None = None) -> None:
+        self.kill_at, self.warnings = kill_at, list[str]()
+
+    def start(self, stage: str, kind: str, total: int) -> None: ...
+
+    def finish(self, stage: str, reused: bool) -> None: ...
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def update(self, stage: str, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        if step == self.kill_at:
+            raise Killed
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a pre-training stage: seconds of it, enough to have answers of all lengths."""
+    folder = tmp_path_factory.mktemp("base") / "1-base"
+    shape = pretrain.ModelShape(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    config = pretrain.Config(steps=30, tokens_per_step=1024, model=shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Context, "_tensorboard", lambda self, step, metrics: None)
+        pretrain.run(config, Context(folder, 0, {}, Silent()))
+    return folder
