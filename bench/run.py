@@ -105,7 +105,7 @@ def measure(setting: Setting, folder: Path, options: argparse.Namespace) -> tupl
 
 
 def _tune(contender: Contender, base: Job, options: argparse.Namespace) -> dict[str, Any]:
-    """The fastest knob, by its best step after the warm-up; later knobs are tried on top of the best so far."""
+    """The fastest knob, by its best step; later knobs are tried on top of the best so far."""
     best: dict[str, Any] = contender.knobs[0]
     if len(contender.knobs) == 1:
         return best
