@@ -28,3 +28,8 @@ lint: setup
 
 clean:
 	rm -rf .venv .venv-peers build *.egg-info
+
+# Liubai beside TRL and transformers (installed into .venv-peers). About ten minutes; wants a quiet machine.
+bench: setup
+	$(BIN)/python -m bench.peers
+	.venv-peers/bin/python -m bench.run --no-tune --rounds 2 --steps 1

@@ -53,8 +53,8 @@ CONTINUOUS = {"num_blocks": 3072, "page_size": 64, "max_batch_tokens": 1024}
 def settings(quick: bool) -> list[Setting]:
     mean, groups, samples, many = (16.0, 4, 4, 16) if quick else (85.0, 32, 16, 256)
     tight, loose, exact = (24, 48, 12) if quick else (100, 340, 128)
-    micros: list[dict[str, Any]] = [{"micro": n} for n in ((8,) if quick else (32, 64, 128))]
-    slots: list[dict[str, Any]] = [{"slots": n} for n in ((8, 16) if quick else (256, 512))]
+    micros: list[dict[str, Any]] = [{"micro": n} for n in ((8,) if quick else (64, 32, 128))]
+    slots: list[dict[str, Any]] = [{"slots": n} for n in ((8, 16) if quick else (512, 256))]
     trainers = (
         Contender("TRL", "trl-step", [*micros, {"cache": "static"}, {"continuous": CONTINUOUS}]),
         Contender("Liubai", "liubai-step", slots),
@@ -107,7 +107,7 @@ def measure(setting: Setting, folder: Path, options: argparse.Namespace) -> tupl
 def _tune(contender: Contender, base: Job, options: argparse.Namespace) -> dict[str, Any]:
     """The fastest knob, by its best step; later knobs are tried on top of the best so far."""
     best: dict[str, Any] = contender.knobs[0]
-    if len(contender.knobs) == 1:
+    if len(contender.knobs) == 1 or options.no_tune:
         return best
     fastest = 0.0
     for knob in contender.knobs:
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="counted steps a turn (2; quick: 1)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of both sides")
     parser.add_argument("--patience", type=float, default=300.0, help="seconds that tuning gives one knob")
+    parser.add_argument("--no-tune", action="store_true", help="every side with its first knob; quicker")
     parser.add_argument("--only", metavar="WORD", default="", help="only tables whose title has WORD in it")
     options = parser.parse_args()
     options.rounds = options.rounds or (2 if options.quick else 4)
