@@ -105,7 +105,7 @@ def _run(path: Path, overrides: Sequence[str], out: Path | None, live: bool) -> 
     print(f"report: {page}")
 
 
-@app.command("eval", epilog="Example: liubai eval runs/zero/2-zero/checkpoint --problems countdown")
+@app.command("eval", epilog="Example: liubai eval runs/zero/3-zero/checkpoint --problems countdown")
 def evaluate(
     checkpoint: Checkpoint,
     problems: Annotated[str, typer.Option(help="Which family of problems.")],
@@ -165,13 +165,17 @@ def grade(
     file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="Answers to judge; '-' is stdin.")],
     timeout: Annotated[float, typer.Option(min=0.01, help="Seconds that one verdict may take.")] = 5.0,
     workers: Annotated[int, typer.Option(min=1, help="Grading processes.")] = 2,
+    checker: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE.py:FUNCTION", help="A checker of your own that lines may name."),
+    ] = None,
 ) -> None:
     """Judge answers: lines {"verifier", "gold", "response", "meta"?} in, one verdict a line out."""
     from liubai.grade import grade_lines
     from liubai.stages.view import progress_bar
 
     # every line is read before the first is judged: a bad file must not give half an answer
-    items = list(_items(_lines(file), file))
+    items = list(_items(_lines(file), file, checker or []))
     with progress_bar("grading") as progress:
         for done, verdict in enumerate(grade_lines(items, timeout_s=timeout, workers=workers), 1):
             line: dict[str, Any] = {
@@ -198,9 +202,12 @@ def _lines(file: str) -> list[str]:
         raise UserError(f"{file}:{number}: not UTF-8 text") from None
 
 
-def _items(lines: Iterable[str], file: str) -> Iterator[GradeItem]:
-    """The items of a JSONL file; blank lines are skipped. Raises ``UserError`` naming file:line."""
-    from liubai.grade import GradeItem, check_verifier
+def _items(lines: Iterable[str], file: str, checkers: Sequence[str]) -> Iterator[GradeItem]:
+    """The items of a JSONL file; blank lines are skipped. Raises ``UserError`` naming file:line.
+
+    Data never chooses code: a line may name a checker only if the command line named it, too.
+    """
+    from liubai.grade import GradeItem, check_verifier, is_bounded
 
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -224,6 +231,10 @@ def _items(lines: Iterable[str], file: str) -> Iterator[GradeItem]:
             check_verifier(raw["verifier"])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+        if not is_bounded(raw["verifier"]) and raw["verifier"] not in checkers:
+            raise UserError(
+                f"{where}: '{raw['verifier']}' is code; to run it, name it: --checker {raw['verifier']}"
+            )
         yield GradeItem(raw["verifier"], raw["gold"], raw["response"], meta)
 
 
@@ -244,7 +255,7 @@ def report(
         print(f"figure: {save_figure(run, png)}")
 
 
-@app.command(epilog="Example: liubai chat runs/zero/2-zero/checkpoint --no-show-thinking")
+@app.command(epilog="Example: liubai chat runs/zero/3-zero/checkpoint --no-show-thinking")
 def chat(
     checkpoint: Checkpoint,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.6,

@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake in what was asked (a flag, a file, a value). The message says what to do."""
 
 
+class Diverged(UserError):
+    """Training cannot go on from here: not a bug to trace, but a setting to change."""
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """ " — did you mean 'x'?" for the closest valid word, or the list when nothing is close."""
     options = sorted(valid)

@@ -95,12 +95,14 @@ def grpo_loss(x: LossInputs, config: LossConfig) -> tuple[Tensor, dict[str, Tens
         term_BT = term_BT + config.kl * kl_BT
         sums["kl"] = _sum(kl_BT, mask_BT)
     loss = torch.where(mask_BT, x.weights_BT * term_BT, 0.0).sum()
+    off_policy_BT = (x.logprobs_BT - x.sampler_logprobs_BT).detach().clamp(-CLAMP, CLAMP).exp()
     sums |= {
         "clip/low": _sum((ratio_BT < 1 - config.clip_low) & (x.advantages_BT < 0), mask_BT),
         "clip/high": _sum((ratio_BT > 1 + config.clip_high) & (x.advantages_BT > 0), mask_BT),
         "logprob_gap": _sum((x.logprobs_BT - x.sampler_logprobs_BT).abs(), mask_BT),
-        "importance": _sum(importance_BT, mask_BT),
-        "importance_squared": _sum(importance_BT.square(), mask_BT),
+        # how far the samples are from the policy that learns from them, corrected for or not
+        "importance": _sum(off_policy_BT, mask_BT),
+        "importance_squared": _sum(off_policy_BT.square(), mask_BT),
         "tokens": mask_BT.sum(),
     }
     return loss, sums

@@ -178,7 +178,8 @@ def causal(documents_BT: Tensor | None = None) -> Attend:
 
 
 def build(config: ModelConfig, seed: int) -> Transformer:
-    """A fresh model. Linear weights ~ N(0, 1/√fan_in·0.5…), residual outputs start at zero.
+    """A fresh model. Linear weights ~ N(0, 1/fan_in), embeddings and head N(0, 0.02²), residual
+    outputs and biases zero.
 
     Zero residual outputs make the first steps those of a bigram model, which trains stably at the
     learning rates that Muon likes.

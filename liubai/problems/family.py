@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from liubai.errors import UserError
 from liubai.seeds import stream
 from liubai.types import Problem
 
@@ -70,3 +71,17 @@ def problem_at(family: Family, split: Split, seed: int, index: int) -> Problem:
         problem = family.sample(rng)
         if split_of(f"{family.name}/{family.key(problem)}") == split:
             return problem
+
+
+def distinct_problems(family: Family, split: Split, seed: int, count: int) -> list[Problem]:
+    """``count`` problems with ``count`` different keys: what a mean and its standard error assume.
+
+    Raises ``UserError`` when the family does not seem to have that many.
+    """
+    found: dict[str, Problem] = {}
+    for index in range(50 * count):
+        problem = problem_at(family, split, seed, index)
+        found.setdefault(family.key(problem), problem)
+        if len(found) == count:
+            return list(found.values())
+    raise UserError(f"'{family.name}' has only about {len(found)} {split} problems, not {count}")

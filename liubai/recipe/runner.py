@@ -42,7 +42,6 @@ def run(recipe: Recipe, out: Path, view: View) -> Path:
     with _locked(out):
         files.sweep(out)
         files.write_text(out / "recipe.toml", recipe.to_toml())
-        files.write_json(out / "environment.json", describe(recipe.threads))
         _renumber(recipe, out, view)
         finished: dict[str, Path] = {}
         fingerprints: dict[str, str] = {}
@@ -84,6 +83,8 @@ def _stage(
         import torch
 
         torch.set_num_threads(recipe.threads)
+    # written by the one who computes, not by every later look at a finished run
+    files.write_json(folder.parent / "environment.json", describe(recipe.threads))
     context = Context(folder, recipe.seed, inputs, view, stage=plan.name, fingerprint=mark)
     try:
         stage_module(plan.kind).run(plan.config, context)

@@ -132,7 +132,7 @@ def panel_charts(stages: Sequence[Stage]) -> dict[str, list[Chart]]:
             ),
             _split(
                 "variance", "Groups without a lesson",
-                "Share of problems whose answers were all right or all wrong: they are dropped, for there is "
+                "Share of problems whose answers all earned the same reward: they are dropped, for there is "
                 "nothing to compare.",
                 "share of groups (%)", stages,
                 [("zero_variance", "either"), ("zero_variance/right", "all right"),
@@ -156,19 +156,13 @@ def panel_charts(stages: Sequence[Stage]) -> dict[str, list[Chart]]:
             ),
             _split(
                 "kl", "KL to the reference",
-                "How far the model has moved from where it began, in nats per token.",
+                "How far the model has moved from its reference (refreshed now and then), in nats per token.",
                 "KL (nats per token)", stages, [("kl", "KL")], drop_zero=True,
             ),
             _split(
-                "ratio", "Largest probability ratio",
-                "The most that one token's probability changed between writing and learning; spikes warn of "
-                "stale or mismatched weights.",
-                "ratio", stages, [("ratio/max", "largest ratio")], zero=False,
-            ),
-            _split(
                 "ess", "Effective sample size",
-                "How much of the batch still counts after importance weighting, as a share; 100 % is fully "
-                "on-policy.",
+                "How much of the batch would still count if each token were weighted by how far the policy "
+                "moved since it was written; 100 % is fully on-policy.",
                 "share of tokens (%)", stages, [("ess", "effective share")], percent=True, zero=False,
             ),
             _split(

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from liubai.errors import UserError
 
 
 class StageConfig(BaseModel):
     """A small typed class next to the stage that it configures; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _family_name(name: str) -> str:
+    from liubai.problems import family  # families know nothing of stages
+
+    try:
+        return family(name).name
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+def _positive_shares(shares: dict[str, float]) -> dict[str, float]:
+    if not shares or min(shares.values()) < 0 or sum(shares.values()) <= 0:
+        raise ValueError("needs at least one family with a positive share")
+    return shares
+
+
+FamilyName = Annotated[str, AfterValidator(_family_name)]
+#: family name -> its share of a mixture (they need not add up to 1)
+Shares = Annotated[dict[FamilyName, float], AfterValidator(_positive_shares)]

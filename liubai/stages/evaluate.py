@@ -15,12 +15,14 @@ from liubai.grade import GradeItem, GraderPool, Verdict, grade, is_bounded
 from liubai.measure.passk import clustered_stderr, cons_at_k, pass_curve
 from liubai.measure.reflection import count_reflections
 from liubai.model.checkpoint import load
-from liubai.problems import family, problem_at
+from liubai.problems import family
+from liubai.problems.family import distinct_problems
 from liubai.rollout.engine import Engine, Request
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive
-from liubai.stages.config import StageConfig
+from liubai.stages.config import FamilyName, StageConfig
 from liubai.stages.context import Context
+from liubai.stages.rollouts import without_blank
 from liubai.text.template import Template, template_for, text_of
 from liubai.types import Problem, Sample, Stop
 
@@ -28,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 
 class Config(StageConfig):
-    problems: str = "countdown"
+    problems: FamilyName = "countdown"
     label: str = ""
     limit: int = Field(200, gt=0, description="held-out problems")
     samples: int = Field(16, gt=0, description="answers a problem")
@@ -50,7 +52,11 @@ class Evaluation:
 
     @property
     def correct(self) -> list[list[bool]]:
-        return [[v.correct for v in row] for row in self.verdicts]
+        """Right, and ended by the model itself: what was cut off is no answer, as in the reward."""
+        return [
+            [v.correct and s.stop is Stop.EOS for v, s in zip(*pair, strict=True)]
+            for pair in zip(self.verdicts, self.samples, strict=True)
+        ]
 
     def summary(self) -> dict[str, Any]:
         """The figures of ``liubai eval --json`` and ``eval.json``; shares are of all answers."""
@@ -68,8 +74,8 @@ class Evaluation:
             figures[f"cons@{k}"] = cons_at_k(answers, self.correct, key=lambda a: "".join(a.split()))
         return figures | {
             "mean_tokens": _mean(lengths),
-            "tokens_right": _mean([n for n, ok in zip(lengths, right, strict=True) if ok]),
-            "tokens_wrong": _mean([n for n, ok in zip(lengths, right, strict=True) if not ok]),
+            "tokens_right": _mean_or_none([n for n, ok in zip(lengths, right, strict=True) if ok]),
+            "tokens_wrong": _mean_or_none([n for n, ok in zip(lengths, right, strict=True) if not ok]),
             "format": _mean([f and e for f, e in zip(formatted, ended, strict=True)]),
             "reflections": _mean([count_reflections(r) for row in self.responses for r in row]),
             "truncated": 1 - _mean(ended),
@@ -77,7 +83,7 @@ class Evaluation:
             "n_problems": len(self.problems),
             "samples": k,
             "pass@k": {str(n): p for n, p in pass_curve(self.correct, ks).items()},
-            "stderr": clustered_stderr(self.correct),
+            "stderr": clustered_stderr(self.correct) if len(self.problems) > 1 else None,
         }
 
     def as_metrics(self) -> dict[str, float]:
@@ -138,6 +144,8 @@ def evaluate(
         verdicts = pool.gather(pool.submit(items))
     else:
         verdicts = [grade(item) for item in items]
+    if not template.thinking:
+        verdicts = [without_blank(v, r) for v, r in zip(verdicts, responses, strict=True)]
 
     def rows(flat: Sequence[Any]) -> list[list[Any]]:
         return [list(flat[i : i + samples]) for i in range(0, len(flat), samples)]
@@ -162,7 +170,7 @@ def evaluate_checkpoint(
     kind = family(problems)
     model, tokenizer = load(path)
     template = template_for(tokenizer, path, thinking=thinking)
-    held_out = [problem_at(kind, "eval", seed, i) for i in range(limit)]
+    held_out = distinct_problems(kind, "eval", seed, limit)
     longest = max(len(template.prompt_ids(p.prompt)) for p in held_out) + max_tokens
     if longest > model.config.max_position_embeddings:
         raise UserError(
@@ -204,6 +212,10 @@ def run(config: Config, context: Context) -> None:
     write_json(context.folder / "eval.json", {"label": config.label or parent, **figures})
     numbers = {n: float(v) for n, v in figures.items() if isinstance(v, int | float)}
     context.log(1, 1, numbers)
+
+
+def _mean_or_none(values: Sequence[float]) -> float | None:
+    return _mean(values) if values else None
 
 
 def _mean(values: Sequence[float]) -> float:

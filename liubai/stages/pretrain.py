@@ -7,12 +7,14 @@ disk.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from liubai.errors import Diverged
 from liubai.learn.logprobs import token_logprobs
 from liubai.learn.optim import Optimizer, warmup_decay
 from liubai.learn.packing import Batch, Sequence1, micro_batches
@@ -22,10 +24,13 @@ from liubai.model.transformer import Transformer, build, causal
 from liubai.problems import family, world_vocabulary
 from liubai.problems.family import Habits, split_of
 from liubai.seeds import derive, stream
-from liubai.stages.config import StageConfig
+from liubai.stages.config import Shares, StageConfig
 from liubai.stages.context import Context
 from liubai.text.template import BARE
 from liubai.text.tokenizer import EOS, TextTokenizer, word_level
+
+#: A run stops after this many non-finite steps in a row.
+MAX_SKIPPED = 3
 
 
 class ModelShape(BaseModel):
@@ -39,7 +44,15 @@ class ModelShape(BaseModel):
     num_hidden_layers: int = Field(4, gt=0)
     num_attention_heads: int = Field(4, gt=0)
     num_key_value_heads: int = Field(2, gt=0)
-    head_dim: int = Field(32, gt=0)
+    head_dim: int = Field(32, gt=0, multiple_of=2, description="even: RoPE turns pairs")
+
+    @field_validator("num_key_value_heads")
+    @classmethod
+    def _divides(cls, value: int, info: ValidationInfo) -> int:
+        heads = info.data.get("num_attention_heads", value)
+        if heads % value:
+            raise ValueError(f"must divide num_attention_heads ({heads})")
+        return value
 
 
 class Config(StageConfig):
@@ -47,7 +60,7 @@ class Config(StageConfig):
     tokens_per_step: int = Field(4096, gt=0)
     tokens_per_microbatch: int = Field(2048, gt=0)
     #: family name -> share of documents
-    families: dict[str, float] = {"countdown": 1.0}
+    families: Shares = {"countdown": 1.0}
     habits: Habits = Habits()
     model: ModelShape = ModelShape()
     lr: float = Field(3e-3, gt=0, description="AdamW: embeddings, head and norms")
@@ -61,11 +74,11 @@ def run(config: Config, context: Context) -> None:
     tokenizer = word_level(world_vocabulary())
     model = build(model_config(config.model, tokenizer), derive(context.seed, "init"))
     optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr)
-    tokens, first = 0, 0
+    tokens, first, skipped = 0, 0, 0
     if state := context.restore():
         model.load_state_dict({n: state.tensors[f"model/{n}"] for n in model.state_dict()})
         optimizer.load_state_dict(_under("optimizer/", state.tensors))
-        tokens, first = state.meta["tokens"], state.step
+        tokens, first, skipped = state.meta["tokens"], state.step, state.meta["skipped"]
     for step in range(first, config.steps):
         begun = time.perf_counter()
         batches = micro_batches(
@@ -77,7 +90,14 @@ def run(config: Config, context: Context) -> None:
         # divided by the targets of the whole step: how it is cut into micro-batches changes nothing
         loss = sum(_backward(model, batch, 1 / targets) for batch in batches)
         scale = warmup_decay(step, config.steps, config.warmup, config.decay)
-        norm = optimizer.step(scale)
+        if not math.isfinite(loss):
+            optimizer.zero_grad()
+        norm = optimizer.step(scale) if math.isfinite(loss) else math.nan
+        skipped = 0 if math.isfinite(norm) else skipped + 1
+        if skipped:
+            context.warn(f"step {step + 1}: loss or gradient was not finite; nothing was changed")
+        if skipped >= MAX_SKIPPED:
+            raise Diverged(f"{MAX_SKIPPED} steps in a row were not finite; lower lr or muon_lr")
         tokens += targets
         context.log(
             step + 1,
@@ -95,7 +115,7 @@ def run(config: Config, context: Context) -> None:
                 step + 1,
                 {f"model/{n}": t for n, t in model.state_dict().items()}
                 | {f"optimizer/{n}": t for n, t in optimizer.state_dict().items()},
-                {"tokens": tokens},
+                {"tokens": tokens, "skipped": skipped},
             )
     save_checkpoint(context.folder / "checkpoint", model, tokenizer, BARE)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
+from liubai.errors import Diverged, UserError
 from liubai.grade import GraderPool, RewardWeights
 from liubai.learn.losses import LossConfig
 from liubai.learn.optim import Optimizer
@@ -19,11 +20,12 @@ from liubai.learn.update import UpdateConfig, update
 from liubai.model.checkpoint import load, save_checkpoint
 from liubai.model.transformer import Transformer
 from liubai.problems import family, problem_at
+from liubai.problems.family import distinct_problems
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive, stream
-from liubai.stages.config import StageConfig
+from liubai.stages.config import Shares, StageConfig
 from liubai.stages.context import Context
-from liubai.stages.evaluate import Evaluation, evaluate
+from liubai.stages.evaluate import evaluate
 from liubai.stages.rl_metrics import probe_records, rollout_metrics, shuffle_rewards
 from liubai.stages.rollouts import Rollouts
 from liubai.text.template import template_for
@@ -35,7 +37,7 @@ MAX_SKIPPED = 3
 
 class Config(StageConfig):
     steps: int = Field(gt=0)
-    problems: dict[str, float] = {"countdown": 1.0}
+    problems: Shares = {"countdown": 1.0}
     groups: int = Field(32, gt=0, description="problems a step")
     samples: int = Field(16, gt=1, description="answers a problem")
     max_tokens: int = Field(320, gt=0)
@@ -69,9 +71,15 @@ def run(config: Config, context: Context) -> None:
     sampler, _ = load(parent)
     template = template_for(tokenizer, parent, thinking=config.blank)
     optimizer = Optimizer(model, lr=config.lr, max_norm=config.max_norm, betas=(0.9, 0.95))
-    longest = config.max_tokens + 512
+    held_out = held_out_problems(config)
+    prompt = max(len(template.prompt_ids(p.prompt)) for p in held_out)
+    longest = config.max_tokens + 2 * prompt  # prompts of train problems may be a little longer
+    if longest > model.config.max_position_embeddings:
+        raise UserError(
+            f"max_tokens {config.max_tokens} and prompts of {prompt} tokens do not fit the model's "
+            f"{model.config.max_position_embeddings} positions; lower max_tokens"
+        )
     engine = TorchEngine(sampler, eos_ids=[tokenizer.eos_id], slots=config.slots, max_length=longest)
-    held_out = [problem_of(config, "eval", 0, i) for i in range(config.eval_problems)]
     settings = UpdateConfig(
         loss=config.loss,
         normalize_std=config.normalize_std,
@@ -104,9 +112,22 @@ def run(config: Config, context: Context) -> None:
             rollouts.restore(state.meta["rollouts"])
             first, tokens, skipped = state.step, state.meta["tokens"], state.meta["skipped"]
 
+        # an engine of its own around the trainer's weights: the rollouts in flight are not disturbed
+        evaluator = TorchEngine(model, eos_ids=[tokenizer.eos_id], slots=config.slots, max_length=longest)
+        evaluator.load(model.state_dict(), version=0)
+
         def look(step: int) -> dict[str, float]:
             """Held-out accuracy, and the same few prompts answered again."""
-            result = _evaluate(config, context, model, template, held_out, tokenizer.eos_id)
+            result = evaluate(
+                evaluator,
+                template,
+                held_out,
+                samples=config.eval_samples,
+                max_tokens=config.max_tokens,
+                temperature=config.temperature,
+                seed=derive(context.seed, "look"),
+                pool=pool,
+            )
             context.samples(step, probe_records(result, config.probes))
             return result.as_metrics()
 
@@ -138,7 +159,9 @@ def run(config: Config, context: Context) -> None:
             if skipped:
                 context.warn(f"step {step + 1}: the gradient was not finite; nothing was changed")
             if skipped >= MAX_SKIPPED:
-                raise FloatingPointError(f"{MAX_SKIPPED} steps in a row had no finite gradient")
+                raise Diverged(
+                    f"{MAX_SKIPPED} steps in a row had no finite gradient; lower lr, or look at the rewards"
+                )
             metrics = rollout_metrics(graded, version=step)
             tokens += int(metrics["step_tokens"])
             metrics |= learned
@@ -171,27 +194,22 @@ def problem_of(config: Config, split: Any, seed: int, index: int) -> Problem:
     return problem_at(family(name), split, seed, index)
 
 
+def held_out_problems(config: Config) -> list[Problem]:
+    """Different ones, of each family its share, and the same in every run of a mixture."""
+    total = sum(config.problems.values())
+    return [
+        problem
+        for name, share in config.problems.items()
+        for problem in distinct_problems(
+            family(name), "eval", 0, max(1, round(config.eval_problems * share / total))
+        )
+    ]
+
+
 def lr_scale(config: Config, step: int) -> float:
     up = min(1.0, (step + 1) / (config.warmup + 1))
     tail = config.decay * config.steps
     return min(up, (config.steps - step) / tail) if tail else up
-
-
-def _evaluate(
-    config: Config, context: Context, model: Transformer, template: Any, problems: list[Problem], eos: int
-) -> Evaluation:
-    # an engine of its own around the trainer's weights: the rollouts in flight are not disturbed
-    engine = TorchEngine(model, eos_ids=[eos], slots=config.slots, max_length=config.max_tokens + 512)
-    engine.load(model.state_dict(), version=0)
-    return evaluate(
-        engine,
-        template,
-        problems,
-        samples=config.eval_samples,
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        seed=derive(context.seed, "look"),
-    )
 
 
 def _tensors(model: Transformer, optimizer: Optimizer, reference: Transformer | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from liubai.grade.rewards import shuffled
+from liubai.learn.advantages import TOLERANCE
 from liubai.measure.reflection import count_reflections
 from liubai.stages.evaluate import Evaluation
 from liubai.stages.rollouts import GradedGroup
@@ -19,11 +20,15 @@ def rollout_metrics(graded: Sequence[GradedGroup], version: int) -> dict[str, fl
     answers = [a for g in graded for a in g.answers]
     rewards = [r for g in graded for r in g.group.rewards]
     lengths = [len(a.sample.completion_ids) for a in answers]
-    right = [n for n, a in zip(lengths, answers, strict=True) if a.verdict.correct]
-    wrong = [n for n, a in zip(lengths, answers, strict=True) if not a.verdict.correct]
+    correct = [a.verdict.correct and a.sample.stop is Stop.EOS for a in answers]
+    right = [n for n, ok in zip(lengths, correct, strict=True) if ok]
+    wrong = [n for n, ok in zip(lengths, correct, strict=True) if not ok]
+    solved = [_share_right(g) for g in graded if not _varies(g)]
     parts = {name for r in rewards for name in r.parts}
     metrics = {
-        "accuracy": _mean([a.verdict.correct for a in answers]),
+        "accuracy": _mean(correct),
+        "zero_variance/right": sum(share == 1 for share in solved) / len(graded),
+        "zero_variance/wrong": sum(share == 0 for share in solved) / len(graded),
         "format": _mean([a.verdict.parts["format"] > 0 and a.sample.stop is Stop.EOS for a in answers]),
         "reflections": _mean([count_reflections(a.response) for a in answers]),
         "truncated": _mean([a.sample.stop is Stop.LENGTH for a in answers]),
@@ -63,6 +68,15 @@ def probe_records(result: Evaluation, count: int) -> list[dict[str, Any]]:
 def shuffle_rewards(groups: Sequence[Group], rng: random.Random) -> list[Group]:
     """The control: every group keeps its rewards, but which answer gets which is left to chance."""
     return [replace(g, rewards=tuple(shuffled(g.rewards, rng))) for g in groups]
+
+
+def _varies(graded: GradedGroup) -> bool:
+    totals = [r.total for r in graded.group.rewards]
+    return max(totals) - min(totals) > TOLERANCE
+
+
+def _share_right(graded: GradedGroup) -> float:
+    return _mean([a.verdict.correct and a.sample.stop is Stop.EOS for a in graded.answers])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -65,25 +65,25 @@ class Rollouts:
         self.temperature, self.seed, self.weights = temperature, seed, weights
         self.ahead = ahead  #: in-flight mode: groups begun beyond those that a step takes
         self.next_index = 0
-        self._open: dict[int, dict[int, Sample]] = {}
+        self._open: dict[int, dict[int, Sample]] = {}  # begun and not yet taken: finished samples
+        self._ended: list[int] = []  # those of the open groups whose answers have all ended, in order
         self._answers: dict[tuple[int, int], Answer] = {}
         self._tickets: dict[int, tuple[int, int]] = {}
         self.seconds_grading = 0.0
 
     def collect(self) -> list[GradedGroup]:
+        """The groups whose last answer ended first. That order is the tokens', not the graders'
+        clock: a resumed run takes the same ones."""
         self._top_up()
-        done: list[GradedGroup] = []
-        while len(done) < self.groups:
+        while len(self._ended) < self.groups:
             for request, sample in self.engine.step():
                 self._take(request, sample)
             self._poll()
-            done += [self._close(i) for i in list(self._open) if self._complete(i)]
-            if self.ahead:
-                # one step's surplus (several groups can end in the same token) waits for the next
-                done, surplus = done[: self.groups], done[self.groups :]
-                for graded in surplus:
-                    self._reopen(graded)
-        return sorted(done, key=lambda graded: graded.index)
+        taken, self._ended = self._ended[: self.groups], self._ended[self.groups :]
+        while not all((i, j) in self._answers for i in taken for j in range(self.samples)):
+            time.sleep(0.001)  # the graders need the processor more than this loop does
+            self._poll()
+        return [self._close(index) for index in sorted(taken)]
 
     def _top_up(self) -> None:
         while len(self._open) < self.groups + self.ahead:
@@ -105,12 +105,14 @@ class Rollouts:
     def _take(self, request: Request, sample: Sample) -> None:
         index, j = divmod(request.id, self.samples)
         self._open[index][j] = sample
+        if len(self._open[index]) == self.samples:
+            self._ended.append(index)
         problem = self.problem_at(index)
         response = text_of(self.template, sample)
         item = GradeItem(problem.verifier, problem.gold, response, self._meta(problem))
         started = time.perf_counter()
         if is_bounded(problem.verifier):
-            self._answers[index, j] = Answer(sample, response, grade(item))
+            self._answer(index, j, grade(item))
         else:
             self._tickets[self.pool.submit([item])[0]] = (index, j)
         self.seconds_grading += time.perf_counter() - started
@@ -122,12 +124,14 @@ class Rollouts:
         if not self._tickets:
             return
         for ticket, verdict in self.pool.poll().items():
-            index, j = self._tickets.pop(ticket)
-            sample = self._open[index][j]
-            self._answers[index, j] = Answer(sample, text_of(self.template, sample), verdict)
+            self._answer(*self._tickets.pop(ticket), verdict)
 
-    def _complete(self, index: int) -> bool:
-        return all((index, j) in self._answers for j in range(self.samples))
+    def _answer(self, index: int, j: int, verdict: Verdict) -> None:
+        sample = self._open[index][j]
+        response = text_of(self.template, sample)
+        if not self.template.thinking:
+            verdict = without_blank(verdict, response)
+        self._answers[index, j] = Answer(sample, response, verdict)
 
     def _close(self, index: int) -> GradedGroup:
         del self._open[index]
@@ -146,14 +150,11 @@ class Rollouts:
         group = Group(self.problem_at(index), tuple(a.sample for a in answers), rewards)
         return GradedGroup(index, group, answers)
 
-    def _reopen(self, graded: GradedGroup) -> None:
-        self._open[graded.index] = {j: a.sample for j, a in enumerate(graded.answers)}
-        self._answers.update({(graded.index, j): a for j, a in enumerate(graded.answers)})
-
     def state(self) -> dict[str, Any]:
         """Everything needed to go on elsewhere, as JSON. Verdicts are not kept: grading is repeated."""
         return {
             "next_index": self.next_index,
+            "ended": self._ended,
             "open": {i: {j: _dump(s) for j, s in done.items()} for i, done in self._open.items()},
             "partials": [
                 [p.request.id, p.completion_ids, p.logprobs, [[v.version, v.count] for v in p.versions]]
@@ -168,6 +169,8 @@ class Rollouts:
             for j, raw in done.items():
                 sample = _load(raw)
                 self._take(self._request(int(index) * self.samples + int(j)), sample)
+        self._ended = list(state["ended"])  # in the order of then, not of this reading
+        self.seconds_grading = 0.0
         self.engine.resume(
             [
                 Partial(self._request(i), tuple(ids), tuple(lp), tuple(Span(*v) for v in versions))
@@ -184,6 +187,16 @@ class Rollouts:
             seed=derive(self.seed, "sample", index, j),
             temperature=self.temperature,
         )
+
+
+def without_blank(verdict: Verdict, response: str) -> Verdict:
+    """The control without the blank: whoever thinks before ``<answer>`` all the same has said nothing.
+
+    The prompt has closed the thought; this keeps the model from opening another place to think in.
+    """
+    if verdict.error is not None or not response.partition("<answer>")[0].strip():
+        return verdict
+    return Verdict(False, None, {**verdict.parts, "correct": 0.0, "format": 0.0})
 
 
 def _dump(s: Sample) -> list[Any]:

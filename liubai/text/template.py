@@ -7,6 +7,7 @@ grader reads the same object, so a prefilled ``<think>`` is never held against t
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -77,9 +78,17 @@ class Template:
 
 
 def template_for(tokenizer: TextTokenizer, folder: Path, *, thinking: bool = True) -> Template:
-    """The template of a checkpoint folder; :data:`THINK_ANSWER` when it has none."""
-    path = folder / "chat_template.jinja"
-    source = path.read_text(encoding="utf-8") if path.exists() else THINK_ANSWER
+    """The template of a checkpoint folder, from either place where Hugging Face keeps it;
+    :data:`THINK_ANSWER` when it has none (a base model)."""
+    path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    source = THINK_ANSWER
+    if path.exists():
+        source = path.read_text(encoding="utf-8")
+    elif config.exists():
+        kept = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+        if isinstance(kept, list):  # several, by name
+            kept = {entry["name"]: entry["template"] for entry in kept}.get("default")
+        source = kept or THINK_ANSWER
     return Template(tokenizer, source, thinking=thinking)
 
 
