@@ -229,7 +229,7 @@ def test_report_rewrites(liubai_: Any, reports: list[Path], tmp_path: Path) -> N
     assert mistake(liubai_("report", "nope")) == "'nope' is not a run folder: it has no recipe.toml"
     (tmp_path / "recipe.toml").write_text("")
     result = liubai_("report", str(tmp_path))
-    assert (result.code, result.out) == (0, f"report: {tmp_path / 'report.html'}\n")
+    assert (result.code, result.out) == (0, f"HEADLINE {tmp_path}\nreport: {tmp_path / 'report.html'}\n")
 
 
 # grade
