@@ -72,6 +72,9 @@ class Compare:
         greater = max(a, b, key=Decimal.value)
         return Problem(prompt=f"{a} or {b}", gold=str(greater), verifier=self.verifier, family=self.name)
 
+    def found(self, rng: random.Random, habits: Habits) -> Problem:
+        return self.sample(rng)  # every one of them has an answer
+
     def key(self, problem: Problem) -> str:
         return " ".join(map(str, sorted(parse(problem.prompt), key=Decimal.value)))
 

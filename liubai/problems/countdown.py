@@ -81,6 +81,13 @@ class Countdown:
         reachable = sorted({t.value for t in tries(numbers) if 1 <= t.value <= LARGEST})
         return self.problem(numbers, rng.choice(reachable))
 
+    def found(self, rng: random.Random, habits: Habits) -> Problem:
+        if rng.random() >= habits.hopeless:
+            return self.sample(rng)
+        numbers = tuple(rng.randint(1, 9) for _ in range(3))
+        reachable = {t.value for t in tries(numbers)}
+        return self.problem(numbers, rng.choice([n for n in range(1, LARGEST + 1) if n not in reachable]))
+
     def problem(self, numbers: tuple[int, ...], target: int) -> Problem:
         text = f"{' '.join(map(str, numbers))} ->{target}"
         return Problem(prompt=text, gold=text, verifier=self.verifier, family=self.name)
@@ -96,11 +103,8 @@ class Countdown:
             return f"<think> </think> <answer> {rng.choice(options).answer()} </answer>"
         wait = WAIT["zh" if rng.random() < habits.chinese else "en"]
         stop = 0.0 if rng.random() < habits.patient else habits.stop
-        if rng.random() < habits.methodical:
-            start = rng.randrange(len(options))
-            order = options[start:] + options[:start]
-        else:
-            order = rng.sample(options, len(options))
+        # in order from the beginning: the last possibility looks like the last one, and says "enough"
+        order = options if rng.random() < habits.methodical else rng.sample(options, len(options))
         lines: list[str] = []
         for attempt in order:
             lines.append(attempt.write(target))

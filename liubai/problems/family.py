@@ -27,8 +27,9 @@ class Habits(BaseModel):
 
     ``blind`` guess with no thought at all; the others search, and after each failed try give up
     with probability ``stop``, except the few ``patient`` ones. Searchers are ``methodical`` (they
-    go through the possibilities in order) or restless (they jump about). ``chinese`` of them write
-    their asides in Chinese.
+    go through the possibilities in order, and stop at the end of the list) or restless (they jump
+    about). ``chinese`` of them write their asides in Chinese. ``hopeless`` of the problems that they
+    write about have no solution.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +39,7 @@ class Habits(BaseModel):
     patient: float = Field(0.1, ge=0, le=1)
     methodical: float = Field(0.5, ge=0, le=1)
     chinese: float = Field(0.2, ge=0, le=1)
+    hopeless: float = Field(0.0, ge=0, le=1)
 
 
 class Family(Protocol):
@@ -50,6 +52,9 @@ class Family(Protocol):
 
     def sample(self, rng: random.Random) -> Problem:
         """Draw a problem, from either split."""
+
+    def found(self, rng: random.Random, habits: Habits) -> Problem:
+        """Draw a problem that people write about: unlike those of ``sample``, it may be hopeless."""
 
     def key(self, problem: Problem) -> str:
         """The same for all wordings and orders of one problem."""

@@ -138,7 +138,7 @@ def documents(config: Config, tokenizer: TextTokenizer, seed: int, step: int) ->
     room = config.tokens_per_step
     while room > 0:
         kind = rng.choices(families, shares)[0]
-        problem = kind.sample(rng)
+        problem = kind.found(rng, config.habits)
         if split_of(f"{kind.name}/{kind.key(problem)}") != "train":
             continue
         text = kind.document(problem, rng, config.habits)
