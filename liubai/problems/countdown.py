@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 
 from liubai.problems.family import Habits
@@ -22,21 +23,15 @@ WAIT = {"en": "wait", "zh": "等等"}
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """``first op x``, then ``op2 last``."""
+    """``first op second =middle``, then ``op2 last =value``."""
 
     first: int
     op: str
     second: int
+    middle: int
     op2: str
     last: int
-
-    @property
-    def middle(self) -> int:
-        return apply(self.first, self.op, self.second)
-
-    @property
-    def value(self) -> int:
-        return apply(self.middle, self.op2, self.last)
+    value: int
 
     def write(self, target: int) -> str:
         """One line of a search: the steps, the result, how far off it is."""
@@ -52,17 +47,20 @@ def apply(a: int, op: str, b: int) -> int:
     return a + b if op == "+" else a - b if op == "-" else a * b
 
 
-def tries(numbers: tuple[int, ...]) -> list[Try]:
+@cache
+def tries(numbers: tuple[int, ...]) -> tuple[Try, ...]:
     """Every left-to-right combination without negative results, in the methodical order."""
     found = []
     for i, j in combinations(range(3), 2):
         a, b, last = numbers[i], numbers[j], numbers[3 - i - j]
         for op in "+-*":
             first, second = (b, a) if op == "-" and b > a else (a, b)
+            middle = apply(first, op, second)
             for op2 in "+-*":
-                if op2 != "-" or apply(first, op, second) >= last:
-                    found.append(Try(first, op, second, op2, last))
-    return found
+                if op2 != "-" or middle >= last:
+                    value = apply(middle, op2, last)
+                    found.append(Try(first, op, second, middle, op2, last, value))
+    return tuple(found)
 
 
 class Countdown:
