@@ -294,7 +294,7 @@ def test_a_run_folder_has_everything(recipe: Path, tmp_path: Path) -> None:
     heard = go(recipe, tmp_path / "deep" / "out", "top.share=0.75")
     out = tmp_path / "deep" / "out"
     assert {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()} == {
-        runner.MARK, "recipe.toml",
+        runner.MARK, "recipe.toml", "environment.json",
         "1-base/metrics.jsonl", "1-base/samples.jsonl", "1-base/warnings.jsonl", "1-base/DONE",
         "1-base/checkpoint/weights.json",
         "2-top/metrics.jsonl", "2-top/samples.jsonl", "2-top/warnings.jsonl", "2-top/DONE",
