@@ -36,12 +36,13 @@ def sample(
     scale_S = torch.where(greedy_S, 1.0, temperature_S)
     probs_SV = torch.softmax(logits_SV.float() / scale_S[:, None], dim=-1)
     chances_SV = probs_SV if top_p_S is None else nucleus(probs_SV, top_p_S)
-    cdf_SV = chances_SV.cumsum(-1)
+    # float64: summing in float32 would blow rounding differences of 1e-7 between batch sizes up to
+    # 1e-6, enough for an answer to depend on its batch now and then
+    cdf_SV = chances_SV.cumsum(-1, dtype=torch.float64)
     # right=True: the first token whose cumulative mass exceeds the threshold, so a token of
-    # probability 0 is never chosen. In float32 u·total can round up to the total: stay below it.
+    # probability 0 is never chosen; u·total must not round up to the total.
     total_S1 = cdf_SV[:, -1:]
-    below_S1 = total_S1 * (1 - 2**-23)
-    threshold_S1 = torch.minimum((uniform_S[:, None] * total_S1).float(), below_S1)
+    threshold_S1 = torch.minimum(uniform_S[:, None] * total_S1, total_S1 * (1 - 2**-52))
     ids_S = torch.searchsorted(cdf_SV, threshold_S1, right=True)[:, 0]
     if bool(greedy_S.any()):
         ids_S = torch.where(greedy_S, logits_SV.argmax(-1), ids_S)
