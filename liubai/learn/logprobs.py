@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from liubai.model.matmul import outer_product, product
+
 #: At most this many logits exist at a time (16 Mi float32 = 64 MiB).
 CHUNK_LOGITS = 1 << 24
 
@@ -51,13 +53,13 @@ class _TokenLogprobs(Function):
             grad = logits.sub_(normalizer[rows, None]).exp_().mul_(-scale)
             grad.scatter_add_(1, targets_N[rows, None], scale)
             grad = grad.to(hidden_ND.dtype)
-            grad_hidden[rows] = grad @ weight_VD
-            grad_weight.addmm_(grad.T, hidden_ND[rows])
+            grad_hidden[rows] = product(grad, weight_VD.T)
+            grad_weight += outer_product(grad, hidden_ND[rows])
         return grad_hidden, grad_weight, None, None
 
 
 def _logits(hidden_ND: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
-    logits = (hidden_ND @ weight_VD.T).float()
+    logits = product(hidden_ND, weight_VD).float()
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
