@@ -11,9 +11,10 @@ import torch
 from conftest import naive_logprobs, tiny_config, tiny_model
 from torch import Tensor
 
+from liubai.learn.logprobs import batch_logprobs
 from liubai.learn.losses import LossConfig
 from liubai.learn.packing import micro_batches
-from liubai.learn.update import UpdateConfig, batch_logprobs, sequences
+from liubai.learn.update import UpdateConfig, sequences
 from liubai.model.transformer import Transformer
 from liubai.rollout.engine import Partial, Request, StaleWeights, generate
 from liubai.rollout.sampling import nucleus, sample, uniform

@@ -43,7 +43,7 @@ def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
 ANGLES = torch.linspace(-3, 3, 2 * 3 * 4, dtype=torch.float64).view(2, 3, 1, 4)
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "rotate": (
-        lambda x: rotate(x, ANGLES.cos(), ANGLES.sin()),
+        lambda x: rotate(x, ANGLES.cos().repeat(1, 1, 1, 2), torch.cat([-ANGLES.sin(), ANGLES.sin()], -1)),
         lambda x: complex_rotation(x, ANGLES.cos(), ANGLES.sin()),
         [(2, 3, 5, 8)],
     ),
@@ -81,7 +81,9 @@ def test_rope_angles_are_right_at_far_positions() -> None:
     for i in range(4):
         angle = 100_000 * 500.0 ** (-2 * i / 8)
         assert cos[-1, 0, i].item() == pytest.approx(math.cos(angle), abs=1e-6)
-        assert sin[-1, 0, i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+        assert sin[-1, 0, 4 + i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+    assert torch.equal(cos[..., 4:], cos[..., :4])
+    assert torch.equal(sin[..., 4:], -sin[..., :4])
 
 
 def test_rope_table_grows_with_the_text_and_may_be_asked_for_by_an_engine_first() -> None:

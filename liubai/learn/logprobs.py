@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens without the ``[tokens, vocabulary]`` wall.
 
-The vocabulary projection is done in chunks of tokens, and done again in the backward pass, so
-memory does not grow with batch × length × vocabulary (the classic out-of-memory of RL trainers).
+The vocabulary projection is done in chunks of tokens, and where one chunk is not all, done again in
+the backward pass, so memory does not grow with batch × length × vocabulary (the classic out-of-memory
+of RL trainers).
 Shapes: N tokens, D hidden, V vocabulary.
 """
 
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from liubai.learn.packing import Batch
+from liubai.learn.prompts import SharedPrompts
 from liubai.model.matmul import outer_product, product
+from liubai.model.transformer import Transformer, causal
 
 #: At most this many logits exist at a time (16 Mi float32 = 64 MiB).
 CHUNK_LOGITS = 1 << 24
@@ -27,32 +31,32 @@ class _TokenLogprobs(Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(targets_N.shape[0], dtype=torch.float32, device=hidden_ND.device)
-        entropy, normalizer = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        entropy = torch.empty_like(logprobs)
+        probs = logprobs.new_empty(0)
         for rows in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
             logits = _logits(hidden_ND[rows], weight_VD, temperature)
-            lse = logits.logsumexp(-1)
-            chosen = logits.gather(1, targets_N[rows, None])[:, 0]
-            probs = logits.sub(lse[:, None]).exp_()
-            # H = lse − Σ p·logit
-            entropy[rows] = lse - torch.linalg.vecdot(probs, logits)
-            logprobs[rows], normalizer[rows] = chosen - lse, lse
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, normalizer)
+            probs, full = logits.softmax(-1), logits.log_softmax(-1)
+            entropy[rows] = -torch.linalg.vecdot(probs, full)
+            logprobs[rows] = full.gather(1, targets_N[rows, None])[:, 0]
+        # one chunk is small enough to keep; of several, none is kept
+        kept = probs if len(probs) == len(logprobs) else None
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, kept)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden_ND, weight_VD, targets_N, normalizer = ctx.saved_tensors
+        hidden_ND, weight_VD, targets_N, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_ND)
         grad_weight = torch.zeros_like(weight_VD)
         for rows in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
-            logits = _logits(hidden_ND[rows], weight_VD, ctx.temperature)
+            probs = kept
+            if probs is None:
+                probs = _logits(hidden_ND[rows], weight_VD, ctx.temperature).softmax(-1)
             # d logprob / d logits = onehot − p
             scale = grad_N[rows, None] / ctx.temperature
-            grad = logits.sub_(normalizer[rows, None]).exp_().mul_(-scale)
-            grad.scatter_add_(1, targets_N[rows, None], scale)
-            grad = grad.to(hidden_ND.dtype)
+            grad = (probs * -scale).scatter_add_(1, targets_N[rows, None], scale).to(hidden_ND.dtype)
             grad_hidden[rows] = product(grad, weight_VD.T)
             grad_weight += outer_product(grad, hidden_ND[rows])
         return grad_hidden, grad_weight, None, None
@@ -74,3 +78,20 @@ def token_logprobs(
     """``log softmax(hidden @ weightᵀ / temperature)`` at ``targets_N``, and the entropy, both
     float32 ``[N]`` in nats. Gradients flow through the first only: entropy is an instrument."""
     return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, temperature)
+
+
+def batch_logprobs(
+    model: Transformer, batch: Batch, temperature: float = 1.0, prompts: SharedPrompts | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the batch's targets and the entropies there, ``[B, T]``, 0 off the mask."""
+    attend = prompts.attend(batch) if prompts else causal(batch.attention_documents)
+    hidden_BTD = model.hidden(batch.ids_BT, batch.positions_BT, attend)
+    # nearly every position is on the mask: picking them out would cost more than the few others
+    logprobs_N, entropy_N = token_logprobs(
+        hidden_BTD.flatten(0, 1), model.head_weight, batch.targets_BT.flatten(), temperature
+    )
+    logprobs_BT, entropy_BT = (
+        torch.where(batch.mask_BT, values_N.view(batch.mask_BT.shape), 0.0)
+        for values_N in (logprobs_N, entropy_N)
+    )
+    return logprobs_BT, entropy_BT

@@ -1,4 +1,4 @@
-"""Packing: sequences of unequal length into full rows, with positions, document marks and masks.
+"""Batches: sequences of unequal length in rows, with positions, document marks and masks.
 
 Everything in a :class:`Batch` is aligned with the position that *predicts*: ``targets_BT[b, t]`` is
 the token that follows ``ids_BT[b, t]`` in the same document, and ``mask_BT[b, t]`` says whether that
@@ -8,8 +8,8 @@ equals the end id hides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,17 +20,28 @@ class Sequence1:
     """One document: ``ids`` and, for each of them, whether it is a target to learn.
 
     ``values`` are per-token numbers (behaviour log-probabilities, advantages…), one list a name,
-    as long as ``ids``; they travel with their token.
+    as long as ``ids``; they travel with their token. A sequence may continue a prefix that it shares
+    with others: then ``start`` is the position of its first id, and ``prefix`` the prefix's number.
     """
 
     ids: Sequence[int]
     learn: Sequence[bool]
     values: dict[str, Sequence[float]] = field(default_factory=dict)
+    start: int = 0
+    prefix: int = -1
+
+    def after(self, n: int, prefix: int) -> Sequence1:
+        """The same without its first ``n`` ids, which are those of ``prefix``."""
+        if not n:
+            return replace(self, prefix=prefix)
+        values = {name: v[n:] for name, v in self.values.items()}
+        return Sequence1(self.ids[n:], self.learn[n:], values, n, prefix)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Packed rows. ``documents_BT`` is −1 on padding; ``values`` hold ``[B, T]`` float tensors."""
+    """Rows of documents. ``documents_BT`` is −1 on padding; ``values`` hold ``[B, T]`` float tensors;
+    ``prefixes_B`` is the shared prefix that a row continues (−1: none)."""
 
     ids_BT: Tensor
     targets_BT: Tensor
@@ -38,6 +49,7 @@ class Batch:
     positions_BT: Tensor
     documents_BT: Tensor
     values: dict[str, Tensor]
+    prefixes_B: Tensor
 
     @property
     def tokens(self) -> int:
@@ -56,6 +68,7 @@ class Batch:
             self.positions_BT[rows],
             self.documents_BT[rows],
             {name: v[rows] for name, v in self.values.items()},
+            self.prefixes_B[rows],
         )
 
     @property
@@ -84,44 +97,59 @@ def place(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def pack(sequences: Sequence[Sequence1], width: int, pad_id: int) -> Batch:
-    """Pack into rows of ``width`` tokens. Document numbers are indices into ``sequences``."""
-    rows = place([len(s.ids) for s in sequences], width)
-    shape = (len(rows), width)
-    ids = torch.full(shape, pad_id)
-    targets = torch.full(shape, pad_id)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    positions = torch.zeros(shape, dtype=torch.long)
-    documents = torch.full(shape, -1)
+    """Pack into rows of ``width`` tokens. Document numbers are indices into ``sequences``. Sequences
+    that continue a prefix have a row each (:func:`micro_batches`)."""
+    if any(s.prefix >= 0 for s in sequences):
+        raise ValueError("a sequence that continues a shared prefix cannot share its row")
+    return _lay_out(sequences, place([len(s.ids) for s in sequences], width), width, pad_id)
+
+
+def _lay_out(sequences: Sequence[Sequence1], rows: Sequence[Sequence[int]], width: int, pad_id: int) -> Batch:
+    """``rows`` says which sequences stand in which row, one after another from the left."""
+    order = [i for row in rows for i in row]
+    listed = [sequences[i] for i in order]
+    lengths = torch.tensor([len(s.ids) for s in listed], dtype=torch.long)
+    ends = torch.tensor([sum(len(sequences[i].ids) for i in row) for row in rows], dtype=torch.long)
+    real_BT = torch.arange(width) < ends[:, None]
+    # one flat tensor a field, filled in at once: a tensor a sequence would cost more than its tokens
+    first_N = torch.cumsum(lengths, 0) - lengths
+    offset_N = torch.arange(int(lengths.sum())) - first_N.repeat_interleave(lengths)
+    last_N = offset_N == lengths.repeat_interleave(lengths) - 1
+    start_N = torch.tensor([s.start for s in listed], dtype=torch.long).repeat_interleave(lengths)
+
+    def spread(flat_N: Tensor, empty: float) -> Tensor:
+        return torch.full(real_BT.shape, empty, dtype=flat_N.dtype).masked_scatter_(real_BT, flat_N)
+
+    def follow(flat_N: Tensor, empty: float) -> Tensor:
+        """The value of the next token of the same document; ``empty`` at its last."""
+        return spread(flat_N.roll(-1).masked_fill_(last_N, empty), empty)
+
+    ids_N = _flat((s.ids for s in listed), torch.long)
     names = sequences[0].values.keys() if sequences else ()
-    values = {name: torch.zeros(shape) for name in names}
-    for r, row in enumerate(rows):
-        at = 0
-        for i in row:
-            s, n = sequences[i], len(sequences[i].ids)
-            ids[r, at : at + n] = torch.as_tensor(s.ids)
-            positions[r, at : at + n] = torch.arange(n)
-            documents[r, at : at + n] = i
-            targets[r, at : at + n - 1] = torch.as_tensor(s.ids[1:])
-            mask[r, at : at + n - 1] = torch.as_tensor(s.learn[1:])
-            for name, v in s.values.items():
-                values[name][r, at : at + n - 1] = torch.as_tensor(v[1:], dtype=torch.float32)
-            at += n
-    return Batch(ids, targets, mask, positions, documents, values)
+    return Batch(
+        ids_BT=spread(ids_N, pad_id),
+        targets_BT=follow(ids_N, pad_id),
+        mask_BT=follow(_flat((s.learn for s in listed), torch.bool), False),
+        positions_BT=spread(offset_N + start_N, 0),
+        documents_BT=spread(torch.tensor(order, dtype=torch.long).repeat_interleave(lengths), -1),
+        values={n: follow(_flat((s.values[n] for s in listed), torch.float32), 0.0) for n in names},
+        prefixes_B=torch.tensor([sequences[row[0]].prefix for row in rows], dtype=torch.long),
+    )
+
+
+def _flat(parts: Iterable[Sequence[float]], dtype: torch.dtype) -> Tensor:
+    return torch.tensor([x for part in parts for x in part], dtype=dtype)
 
 
 def micro_batches(sequences: Sequence[Sequence1], pad_id: int, tokens: int) -> list[Batch]:
-    """Sequences of similar length share a micro-batch of about ``tokens`` tokens.
+    """Sequences of similar length share a micro-batch of at most ``tokens`` tokens, a row each.
 
-    Rows are as wide as the longest sequence of their micro-batch, not of the whole update: attention
-    costs each token the width of its row, and where lengths are alike, each row is one document and
-    needs no attention mask at all.
+    Rows are as wide as the longest sequence of their micro-batch, not of the whole update, so there is
+    little padding; attention costs each token the width of its row; and no row needs a mask.
     """
-    lots: list[list[Sequence1]] = [[]]
-    room = tokens
+    lots: list[list[Sequence1]] = []
     for s in sorted(sequences, key=lambda s: -len(s.ids)):
-        if lots[-1] and room < len(s.ids):
+        if not lots or (len(lots[-1]) + 1) * len(lots[-1][0].ids) > tokens:
             lots.append([])
-            room = tokens
         lots[-1].append(s)
-        room -= len(s.ids)
-    return [pack(lot, len(lot[0].ids), pad_id) for lot in lots if lot]
+    return [_lay_out(lot, [[i] for i in range(len(lot))], len(lot[0].ids), pad_id) for lot in lots]

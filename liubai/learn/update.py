@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TypeVar
 
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from liubai.errors import Diverged
 from liubai.learn.advantages import group_advantages, has_variance
-from liubai.learn.logprobs import token_logprobs
+from liubai.learn.logprobs import batch_logprobs
 from liubai.learn.losses import LossConfig, LossInputs, grpo_loss, token_weights
 from liubai.learn.optim import Optimizer
 from liubai.learn.packing import Batch, Sequence1, micro_batches
-from liubai.model.transformer import Transformer, causal
+from liubai.learn.prompts import SharedPrompts
+from liubai.learn.replicas import Replicas
+from liubai.model.transformer import Transformer
 from liubai.types import Group, Sample
 
 T = TypeVar("T")
@@ -39,6 +42,8 @@ class UpdateConfig:
     max_tokens: int
     temperature: float
     tokens_per_microbatch: int
+    #: shorter prompts are read again with every answer: sharing them would cost more than it saves
+    share_from: int = 32
     #: mean |Δ log-probability| above which engine and trainer are said to disagree. In float32 they
     #: differ by 1e-6; weights that are one small update old differ by about 1e-2
     tolerance: float = 1e-3
@@ -73,28 +78,37 @@ def update(
         for group, advantages in zip(kept, advantages_PG, strict=True)
     ]
     minibatches = [
-        micro_batches(
-            sequences([pair for group in part for pair in group], config, version),
-            pad_id,
-            config.tokens_per_microbatch,
-        )
+        lots(sequences([pair for group in part for pair in group], config, version), config, pad_id)
         for part in _split(pairs_PG, config.minibatches)
     ]
+    replicas = Replicas(model)
     # the policy that ratios are taken against is the one before the *first* optimizer step
-    old = [_old_logprobs(model, m, config) for m in minibatches] if config.loss.importance_cap else None
+    old = [_all_logprobs(replicas, m, config) for m in minibatches] if config.loss.importance_cap else None
     sums: dict[str, float] = defaultdict(float)
     norms: list[float] = []
-    for m, batches in enumerate(minibatches):
+    for m, parts in enumerate(minibatches):
         loss = 0.0
-        for b, batch in enumerate(batches):
-            seen = _backward(model, batch, config, old[m][b] if old else None, reference)
-            if m == 0:
-                _check_agreement(seen, config.tolerance)
-            else:  # the trainer has moved on: its weights no longer wrote anything
-                seen["fresh"] = seen["fresh_gap"] = 0.0
-            for name, value in seen.items():
-                sums[name] += value
-            loss += seen["loss"]
+        referred = None if reference is None else _all_logprobs(Replicas(reference), parts, config)
+        for number, lot in enumerate(parts):
+            tasks = [
+                _Task(batch, old[m][number][b] if old else None, referred[number][b] if referred else None)
+                for b, batch in enumerate(lot.batches)
+            ]
+
+            def learn(model: Transformer, tasks: Sequence[_Task], lot: Lot = lot) -> list[dict[str, float]]:
+                prompts = SharedPrompts(model, lot.prompts)
+                seen = [_backward(model, prompts, task, config) for task in tasks]
+                prompts.backward()
+                return seen
+
+            for seen in replicas.map(learn, tasks):
+                if m == 0:
+                    _check_agreement(seen, config.tolerance)
+                else:  # the trainer has moved on: its weights no longer wrote anything
+                    seen["fresh"] = seen["fresh_gap"] = 0.0
+                for name, value in seen.items():
+                    sums[name] += value
+                loss += seen["loss"]
         if math.isfinite(loss):
             norms.append(optimizer.step(lr_scale))
         else:  # the gradients may look finite all the same: a clamp passes nothing on
@@ -156,38 +170,67 @@ def sequences(pairs: Sequence[tuple[Sample, float]], config: UpdateConfig, versi
     return packed
 
 
-def batch_logprobs(model: Transformer, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities ``[B, T]`` of the batch's targets (0 off the mask) and entropies ``[N]``."""
-    hidden_BTD = model.hidden(batch.ids_BT, batch.positions_BT, causal(batch.attention_documents))
-    logprobs_N, entropy_N = token_logprobs(
-        hidden_BTD[batch.mask_BT], model.head_weight, batch.targets_BT[batch.mask_BT], temperature
-    )
-    logprobs_BT = torch.zeros(batch.mask_BT.shape, device=logprobs_N.device)
-    return logprobs_BT.masked_scatter(batch.mask_BT, logprobs_N), entropy_N
+@dataclass(frozen=True, slots=True)
+class Lot:
+    """Some prompts, and all answers to them in micro-batches that continue these prompts."""
+
+    prompts: list[tuple[int, ...]]
+    batches: list[Batch]
+
+
+def lots(listed: Sequence[Sequence1], config: UpdateConfig, pad_id: int) -> list[Lot]:
+    """Cut long prompts off: all but the last token, which predicts the first token of an answer.
+    Sequences with nothing to learn are left out."""
+    found: list[Lot] = []
+    numbers: dict[tuple[int, ...], int] = {}
+    answers: list[Sequence1] = []
+    room = config.tokens_per_microbatch
+
+    def close() -> None:
+        if answers:
+            found.append(Lot(list(numbers), micro_batches(answers, pad_id, config.tokens_per_microbatch)))
+
+    for s in listed:
+        if True not in s.learn:
+            continue
+        prompt = tuple(s.ids[: max(0, s.learn.index(True) - 1)])
+        if len(prompt) < config.share_from:
+            prompt = ()
+        if prompt not in numbers and room < len(prompt) and numbers:
+            close()
+            numbers, answers, room = {}, [], config.tokens_per_microbatch
+        if prompt not in numbers:
+            numbers[prompt] = len(numbers)
+            room -= len(prompt)
+        answers.append(s.after(len(prompt), numbers[prompt]))
+    close()
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A micro-batch, and what other policies say about it where the loss asks."""
+
+    batch: Batch
+    old_BT: Tensor | None
+    reference_BT: Tensor | None
 
 
 def _backward(
-    model: Transformer,
-    batch: Batch,
-    config: UpdateConfig,
-    old_BT: Tensor | None,
-    reference: Transformer | None,
+    model: Transformer, prompts: SharedPrompts, task: _Task, config: UpdateConfig
 ) -> dict[str, float]:
-    logprobs_BT, entropy_N = batch_logprobs(model, batch, config.temperature)
+    batch = task.batch
+    logprobs_BT, entropy_BT = batch_logprobs(model, batch, config.temperature, prompts)
     sampler_BT = batch.values["logprobs"]
-    reference_BT = None
-    if reference is not None:
-        with torch.no_grad():
-            reference_BT, _ = batch_logprobs(reference, batch, config.temperature)
     loss, sums = grpo_loss(
         LossInputs(
             logprobs_BT=logprobs_BT,
-            old_logprobs_BT=sampler_BT if old_BT is None else old_BT,
+            old_logprobs_BT=sampler_BT if task.old_BT is None else task.old_BT,
             sampler_logprobs_BT=sampler_BT,
             advantages_BT=batch.values["advantages"],
             weights_BT=batch.values["weights"],
             mask_BT=batch.mask_BT,
-            reference_logprobs_BT=reference_BT,
+            reference_logprobs_BT=task.reference_BT,
         ),
         config.loss,
     )
@@ -196,16 +239,22 @@ def _backward(
     gap_BT = (logprobs_BT.detach() - sampler_BT).abs()
     sums |= {
         "loss": loss.detach(),
-        "entropy": entropy_N.sum(),
+        "entropy": entropy_BT.sum(),
         "fresh": fresh_BT.sum(),
         "fresh_gap": gap_BT[fresh_BT].sum(),
     }
     return {name: float(value) for name, value in sums.items()}
 
 
-@torch.no_grad()
-def _old_logprobs(model: Transformer, batches: Sequence[Batch], config: UpdateConfig) -> list[Tensor]:
-    return [batch_logprobs(model, batch, config.temperature)[0] for batch in batches]
+def _all_logprobs(replicas: Replicas, parts: Sequence[Lot], config: UpdateConfig) -> list[list[Tensor]]:
+    """By lot and micro-batch."""
+
+    def read(model: Transformer, batches: Sequence[Batch], lot: Lot) -> list[Tensor]:
+        with torch.no_grad():
+            prompts = SharedPrompts(model, lot.prompts)
+            return [batch_logprobs(model, batch, config.temperature, prompts)[0] for batch in batches]
+
+    return [replicas.map(partial(read, lot=lot), lot.batches) for lot in parts]
 
 
 def _check_agreement(seen: dict[str, float], tolerance: float) -> None:

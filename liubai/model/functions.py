@@ -13,82 +13,84 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.functional import silu
 
 
 class _Rotate(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _turn(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None  # the inverse of a rotation is its transpose
+        return _turn(grad, cos, sin, -1), None, None  # the inverse of a rotation is its transpose
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    x1, x2 = x[..., :half], x[..., half:]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    torch.mul(x1, cos, out=out[..., :half]).addcmul_(x2, sin, value=-1)
-    torch.mul(x2, cos, out=out[..., half:]).addcmul_(x1, sin)
-    return out
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=direction)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: turn each pair (x_i, x_{i+E/2}) of ``[..., heads, E]``; cos and sin ``[..., 1, E/2]``."""
-    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin)
+    """RoPE: turn each pair (x_i, x_{i+E/2}) of ``[..., heads, E]``. ``cos`` and ``sin`` are
+    ``[..., 1, E]``: each angle stands twice, and the first half of the sines is negative."""
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin, 1)
 
 
 class _SwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        sigmoid = torch.sigmoid(gate)
-        ctx.save_for_backward(gate, up, sigmoid)
-        return (gate * sigmoid).mul_(up)
+        ctx.save_for_backward(gate, up)
+        return silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up, sigmoid = ctx.saved_tensors
-        silu = gate * sigmoid
-        # silu' = s + silu·(1 − s)
-        slope = torch.addcmul(sigmoid + silu, silu, sigmoid, value=-1)
-        return slope.mul_(up).mul_(grad), silu.mul_(grad)
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), silu(gate).mul_(grad)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` (Shazeer 2020)."""
-    if torch.is_grad_enabled():
-        return _SwiGLU.apply(gate, up)
-    return torch.nn.functional.silu(gate).mul_(up)
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else silu(gate).mul_(up)
 
 
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed, scale = _normalize(x, eps)
-        ctx.save_for_backward(normed, scale, weight)
-        return (normed * weight).to(x.dtype)
+        out, scale = _normalize(x, weight, eps)
+        ctx.save_for_backward(x, scale, weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        normed, scale, weight = ctx.saved_tensors
-        product = grad * normed
-        grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
-        inner = (product @ weight.to(product.dtype)).unsqueeze(-1) / normed.shape[-1]
-        grad_x = (grad * weight).sub_(normed * inner).mul_(scale)
-        return grad_x.to(grad.dtype), grad_weight, None
+        x, scale, weight = ctx.saved_tensors
+        wide, size = scale.dtype, x.shape[-1]
+        grad_wide, weight_wide = grad.to(wide), weight.to(wide)
+        # With a mean of 0, LayerNorm's fused backward pass is this one's, but for a term too many:
+        # it takes off the mean of grad·weight, which is put back here.
+        of_x, of_weight, _ = torch.ops.aten.native_layer_norm_backward(
+            grad_wide,
+            x.to(wide),
+            [size],
+            torch.zeros_like(scale),
+            scale,
+            weight_wide,
+            None,
+            [True, True, False],
+        )
+        of_x.addcmul_(scale, (grad_wide @ weight_wide).unsqueeze(-1), value=1 / size)
+        return of_x.to(grad.dtype), of_weight.to(weight.dtype), None
 
 
-def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
-    return wide * scale, scale
+    return (wide * scale).mul_(weight).to(x.dtype), scale
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / rms(x) * weight`` (Zhang & Sennrich 2019); the mean square is taken in float32 or wider."""
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
-    return (_normalize(x, eps)[0] * weight).to(x.dtype)
+    return _normalize(x, weight, eps)[0]

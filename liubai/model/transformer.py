@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from liubai.model.attention import attention
 from liubai.model.config import ModelConfig
 from liubai.model.functions import rms_norm, rotate, swiglu
 from liubai.model.matmul import Linear, linear
@@ -25,13 +26,15 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def rope_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of RoPE (Su et al. 2021, eq. 34), half-split layout, ``[length, 1, E/2]`` each.
+    """cos and sin of RoPE (Su et al. 2021, eq. 34), half-split layout, ``[length, 1, E]`` each, as
+    :func:`liubai.model.functions.rotate` wants them.
 
     The angles are computed in float64: at position 10⁵ float32 angles are off by 10⁻².
     """
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     angles = torch.arange(length, dtype=torch.float64)[:, None, None] * theta**-exponent
-    return angles.cos().float(), angles.sin().float()
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 class RMSNorm(nn.Module):
@@ -154,23 +157,19 @@ def causal(documents_BT: Tensor | None = None) -> Attend:
 
     Right padding needs no mask under causality: no real token ever looks at a later one.
     """
-    mask_B1TT: Tensor | None = None
-    if documents_BT is not None:
-        T = documents_BT.shape[1]
-        same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-        lower_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
-        mask_B1TT = (same_BTT & lower_TT)[:, None]
-        # additive, made once: from a boolean mask every layer would make its own
-        zeros_B1TT = torch.zeros(mask_B1TT.shape, device=mask_B1TT.device)
-        mask_B1TT = zeros_B1TT.masked_fill_(~mask_B1TT, float("-inf"))
+    if documents_BT is None:
+        return lambda layer, q, k, v: attention(q, k, v)
+    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+    mask_B1TT = same_BTT.tril_()[:, None]
+    # additive, made once: from a boolean mask every layer would make its own
+    bias_B1TT = torch.zeros(mask_B1TT.shape, device=documents_BT.device).masked_fill_(~mask_B1TT, -torch.inf)
 
     def attend(layer: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
         out_BHTE = F.scaled_dot_product_attention(
             q_BTHE.transpose(1, 2),
             k_BTKE.transpose(1, 2),
             v_BTKE.transpose(1, 2),
-            attn_mask=None if mask_B1TT is None else mask_B1TT.to(q_BTHE.dtype),
-            is_causal=mask_B1TT is None,
+            attn_mask=bias_B1TT.to(q_BTHE.dtype),
             enable_gqa=q_BTHE.shape[2] != k_BTKE.shape[2],
         )
         return out_BHTE.transpose(1, 2)

@@ -127,19 +127,22 @@ class BandedCache:
             rows = (length_S[band.slots] >= band.width).nonzero()[:, 0].tolist()
             if rows:
                 new = wider.append(band.slots[rows])
-                wider.k[:, new, :, : band.width] = band.k[:, rows]
-                wider.v[:, new, :, : band.width] = band.v[:, rows]
+                # answers of one length move together: then there is nothing to pick out first
+                which = slice(len(band)) if len(rows) == len(band) else rows
+                wider.k[:, new, :, : band.width] = band.k[:, which]
+                wider.v[:, new, :, : band.width] = band.v[:, which]
                 band.remove(rows)
 
-    def attend(self, length_S: Tensor) -> DecodeAttend:
-        """The attention strategy of one step; ``length_S`` counts the tokens cached per slot."""
-        return DecodeAttend(self, length_S)
+    def attend(self, length_S: Tensor, rows: int) -> DecodeAttend:
+        """The attention strategy of one step of a batch of ``rows`` (the live ones, then padding);
+        ``length_S`` counts the tokens cached per slot."""
+        return DecodeAttend(self, length_S, rows)
 
 
 class DecodeAttend:
     """One query token a row, against its own cached keys and values. An ``Attend``."""
 
-    def __init__(self, cache: BandedCache, length_S: Tensor) -> None:
+    def __init__(self, cache: BandedCache, length_S: Tensor, rows: int) -> None:
         self.group, self.heads = cache.group, cache.config.num_key_value_heads
         self.plans = []
         start = 0
@@ -156,6 +159,7 @@ class DecodeAttend:
             write = head + at_n.repeat_interleave(self.heads)
             self.plans.append((band, slice(start, start + n), T, mask_nT, write))
             start += n
+        self.padding = rows - start
 
     def __call__(self, layer: int, q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> Tensor:
         K, E, G = self.heads, q_NHE.shape[-1], self.group
@@ -166,9 +170,10 @@ class DecodeAttend:
             k, v = band.k[layer, :n], band.v[layer, :n]
             k.view(-1, E).index_copy_(0, write, k_NKE[rows].reshape(-1, E))
             v.view(-1, E).index_copy_(0, write, v_NKE[rows].reshape(-1, E))
-            keys = k.view(n * K, -1, E)[:, :T]
-            scores = torch.bmm(q_NHE[rows].reshape(n * K, G, E), keys.transpose(1, 2))
+            scores = torch.bmm(q_NHE[rows].reshape(n * K, G, E), k.view(n * K, -1, E)[:, :T].transpose(1, 2))
             weights = torch.softmax(scores.view(n, K * G, T).add_(mask_nT), dim=-1)
             out = torch.bmm(weights.view(n * K, G, T), v.view(n * K, -1, E)[:, :T])
             outs.append(out.view(n, K * G, E))
+        if self.padding:
+            outs.append(q_NHE[-self.padding :])  # nobody looks at it
         return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -23,6 +23,9 @@ from liubai.types import Sample, Span, Stop
 
 #: Prefill at most this many tokens (padding included) in one forward pass.
 PREFILL_TOKENS = 16384
+#: A decoding step has a multiple of this many rows: matrix products are compiled for each number of
+#: rows, and the number of answers that are still being written changes all the time.
+ROUND = 32
 
 
 class TorchEngine:
@@ -122,7 +125,10 @@ class TorchEngine:
             return []
         slots = self._cache.slots()
         length_S = self._length[slots]
-        hidden = self.model.hidden(self._last[slots], length_S, self._cache.attend(self._length))
+        rows = -(-len(slots) // ROUND) * ROUND
+        padded = torch.cat([slots, slots[:1].expand(rows - len(slots))])
+        attend = self._cache.attend(self._length, rows)
+        hidden = self.model.hidden(self._last[padded], self._length[padded], attend)[: len(slots)]
         count = self._count[slots]
         top_p = self._top_p[slots]
         ids, logprobs = sample(

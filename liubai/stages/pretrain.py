@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from liubai.errors import Diverged
-from liubai.learn.logprobs import token_logprobs
+from liubai.learn.logprobs import batch_logprobs
 from liubai.learn.optim import Optimizer, warmup_decay
 from liubai.learn.packing import Batch, Sequence1, micro_batches
+from liubai.learn.replicas import Replicas
 from liubai.model.checkpoint import save_checkpoint
 from liubai.model.config import ModelConfig
-from liubai.model.transformer import Transformer, build, causal
+from liubai.model.transformer import Transformer, build
 from liubai.problems import family, world_vocabulary
 from liubai.problems.family import Habits, split_of
 from liubai.seeds import derive, stream
@@ -79,6 +81,7 @@ def run(config: Config, context: Context) -> None:
         model.load_state_dict({n: state.tensors[f"model/{n}"] for n in model.state_dict()})
         optimizer.load_state_dict(_under("optimizer/", state.tensors))
         tokens, first, skipped = state.meta["tokens"], state.step, state.meta["skipped"]
+    replicas = Replicas(model)
     for step in range(first, config.steps):
         begun = time.perf_counter()
         batches = micro_batches(
@@ -88,7 +91,7 @@ def run(config: Config, context: Context) -> None:
         )
         targets = sum(int(b.mask_BT.sum()) for b in batches)
         # divided by the targets of the whole step: how it is cut into micro-batches changes nothing
-        loss = sum(_backward(model, batch, 1 / targets) for batch in batches)
+        loss = sum(replicas.map(partial(_backward, weight=1 / targets), batches))
         scale = warmup_decay(step, config.steps, config.warmup, config.decay)
         if not math.isfinite(loss):
             optimizer.zero_grad()
@@ -120,14 +123,14 @@ def run(config: Config, context: Context) -> None:
     save_checkpoint(context.folder / "checkpoint", model, tokenizer, BARE)
 
 
-def _backward(model: Transformer, batch: Batch, weight: float) -> float:
-    hidden_BTD = model.hidden(batch.ids_BT, batch.positions_BT, causal(batch.attention_documents))
-    logprobs_N, _ = token_logprobs(
-        hidden_BTD[batch.mask_BT], model.head_weight, batch.targets_BT[batch.mask_BT]
-    )
-    loss = -logprobs_N.sum() * weight
-    loss.backward()  # type: ignore[no-untyped-call]
-    return float(loss.detach())
+def _backward(model: Transformer, batches: Sequence[Batch], weight: float) -> list[float]:
+    losses = []
+    for batch in batches:
+        logprobs_BT, _ = batch_logprobs(model, batch)
+        loss = -logprobs_BT.sum() * weight
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def documents(config: Config, tokenizer: TextTokenizer, seed: int, step: int) -> Iterator[Sequence1]:
