@@ -119,10 +119,10 @@ def test_packing_keeps_every_token_once(lengths: list[int], spare: int, tokens: 
     parts = micro_batches(packed, 7, tokens)
     check(parts, packed, 7)
     for part in parts:
-        assert part.tokens <= max(tokens, max(lengths))
-    for b in [whole, *parts]:
-        several = [len(set(row.tolist()) - {-1}) > 1 for row in b.documents_BT]
-        assert (b.attention_documents is not None) == any(several)
+        assert part.ids_BT.numel() <= max(tokens, max(lengths))  # padding included
+        assert part.attention_documents is None
+    several = [len(set(row.tolist()) - {-1}) > 1 for row in whole.documents_BT]
+    assert (whole.attention_documents is not None) == any(several)
 
 
 @given(LENGTHS, st.integers(0, 50))
@@ -138,6 +138,19 @@ def test_place_puts_each_sequence_in_one_row(lengths: list[int], spare: int) -> 
 def test_a_sequence_wider_than_the_row_is_refused() -> None:
     with pytest.raises(ValueError, match="5 tokens does not fit a row of 4"):
         pack(documents([5], [[True] * 5]), 4, 0)
+
+
+def test_what_continues_a_shared_prefix_keeps_its_place_and_has_a_row_of_its_own() -> None:
+    whole = documents([6, 4], [[False, False, True, True, True, True], [True] * 4])
+    rest = [whole[0].after(2, prefix=7), whole[1].after(0, prefix=3)]
+    (batch,) = micro_batches(rest, 0, 100)
+    assert batch.ids_BT.tolist() == [[102, 103, 104, 105], [106, 107, 108, 109]]
+    assert batch.positions_BT.tolist() == [[2, 3, 4, 5], [0, 1, 2, 3]]
+    assert batch.prefixes_B.tolist() == [7, 3]
+    assert batch.values["own"][:, 0].tolist() == [103.0, 107.0]
+    assert [b.prefixes_B.tolist() for b in batch.split(1)] == [[7], [3]]
+    with pytest.raises(ValueError, match="cannot share its row"):
+        pack(rest, 20, 0)
 
 
 def test_padding_and_packing_do_not_change_logprobs() -> None:
