@@ -11,10 +11,8 @@ import torch
 from conftest import naive_logprobs, tiny_config, tiny_model
 from torch import Tensor
 
-from liubai.learn.logprobs import batch_logprobs
 from liubai.learn.losses import LossConfig
-from liubai.learn.packing import micro_batches
-from liubai.learn.update import UpdateConfig, sequences
+from liubai.learn.update import UpdateConfig, lots, read_lot, sequences
 from liubai.model.transformer import Transformer
 from liubai.rollout.engine import Partial, Request, StaleWeights, generate
 from liubai.rollout.sampling import nucleus, sample, uniform
@@ -64,19 +62,20 @@ def assert_same(got: Sequence[Sample], wanted: Sequence[Sample], tolerance: floa
 
 
 def trained_logprobs(model: Transformer, samples: Sequence[Sample], temperature: float) -> list[Tensor]:
-    """By the code of the update: packed rows, chunks, its own temperature."""
+    """By the code of the update: prompts of 32 tokens and more read once, its own temperature."""
     config = UpdateConfig(
         loss=LossConfig(aggregation="token-mean"), normalize_std=True, minibatches=1, max_tokens=512,
         temperature=temperature, tokens_per_microbatch=1024,
     )  # fmt: skip
     found: dict[float, Tensor] = {}
     pairs = [(s, float(i)) for i, s in enumerate(samples)]
-    for batch in micro_batches(sequences(pairs, config, 0), EOS, 1024):
+    for lot in lots(sequences(pairs, config, 0), config, EOS):
         with torch.no_grad():
-            logprobs_BT, _ = batch_logprobs(model, batch, temperature)
-        numbers_BT = batch.values["advantages"]  # which sample a token belongs to
-        for i in numbers_BT[batch.mask_BT].unique().tolist():
-            found[i] = logprobs_BT[batch.mask_BT & (numbers_BT == i)]
+            read = list(read_lot(model, lot, config))
+        for batch, logprobs_BT, _ in read:
+            numbers_BT = batch.values["advantages"]  # which sample a token belongs to
+            for i in numbers_BT[batch.mask_BT].unique().tolist():
+                found[i] = logprobs_BT[batch.mask_BT & (numbers_BT == i)]
     return [found[float(i)] for i in range(len(samples))]
 
 

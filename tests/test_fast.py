@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from liubai.learn.replicas import Replicas
 from liubai.model.attention import attention
 from liubai.model.matmul import Linear, linear, outer_product, prefers_onednn, product
 from liubai.model.transformer import Transformer
+from liubai.rollout.engine import Request, generate
+from liubai.rollout.torch_engine import TorchEngine
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -29,15 +32,22 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 # ---- matrix products ----
 
 
-@pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+@pytest.fixture(params=["onednn", "mkl"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Both libraries on every machine: oneDNN computes everywhere, it is only not faster everywhere."""
-    monkeypatch.setattr(liubai.model.matmul, "prefers_onednn", lambda: request.param)
-    return bool(request.param)
+    asked: list[int] = []
+    real = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(liubai.model.matmul, "prefers_onednn", lambda: request.param == "onednn")
+    monkeypatch.setattr(
+        liubai.model.matmul, "_onednn", lambda *args: (asked.append(1), real(*args, "none", [], ""))[1]
+    )
+    yield
+    assert bool(asked) == (request.param == "onednn")
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 5, 7), (3, 64, 16), (70, 9, 33), (33, 70, 128)])
-def test_products_in_any_layout(library: bool, m: int, n: int, k: int) -> None:
+@pytest.mark.usefixtures("library")
+def test_products_in_any_layout(m: int, n: int, k: int) -> None:
     a, b = randn(m, k), randn(n, k, seed=1)
     wanted = a.double() @ b.double().T
     for x, y in itertools.product((a, a.T.contiguous().T), (b, b.T.contiguous().T)):
@@ -48,8 +58,9 @@ def test_products_in_any_layout(library: bool, m: int, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 5, 4)])
-def test_linear_is_that_of_torch(library: bool, bias: bool, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(1, 4), (3, 4), (2, 5, 4)])
+@pytest.mark.usefixtures("library")
+def test_linear_is_that_of_torch(bias: bool, shape: tuple[int, ...]) -> None:
     layer, x = Linear(4, 6, bias=bias), randn(*shape).requires_grad_()
     with torch.no_grad():
         for number, p in enumerate(layer.parameters()):
@@ -69,66 +80,98 @@ def test_linear_is_that_of_torch(library: bool, bias: bool, shape: tuple[int, ..
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_linear_leaves_other_types_to_torch(library: bool, dtype: torch.dtype) -> None:
+def test_linear_leaves_other_types_to_torch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(liubai.model.matmul, "prefers_onednn", lambda: True)
     x, weight = randn(3, 4, dtype=dtype), randn(6, 4, dtype=dtype)
     assert torch.equal(linear(x, weight), F.linear(x, weight))
-    assert linear(x[:0], weight).shape == (0, 6)
 
 
-def test_the_library_is_chosen_by_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpus: dict[str, Callable[[], str]] = {name: lambda name=name: name for name in ("AVX2", "DEFAULT")}
-    for capability in cpus.values():
-        prefers_onednn.cache_clear()
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", capability)
-        assert not prefers_onednn()
+def test_linear_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liubai.model.matmul, "prefers_onednn", lambda: True)
+    x, weight = randn(0, 4).requires_grad_(), randn(6, 4).requires_grad_()
+    out = linear(x, weight)
+    assert out.shape == (0, 6)
+    out.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("capability", "vendor", "wanted"),
+    [
+        ("AVX512", "AuthenticAMD", True),
+        ("AVX512", "GenuineIntel", False),
+        ("AVX512", None, False),
+        ("AVX2", "AuthenticAMD", False),
+    ],
+)
+def test_the_library_is_chosen_by_the_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: str, vendor: str | None, wanted: bool
+) -> None:
+    info = tmp_path / "cpuinfo"
+    if vendor:
+        info.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(liubai.model.matmul, "CPUINFO", info)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     prefers_onednn.cache_clear()
+    assert prefers_onednn() is wanted
+    prefers_onednn.cache_clear()
+
+
+@torch.no_grad()
+def test_onednn_sees_few_numbers_of_rows_while_a_batch_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles a product for each."""
+    rows: set[int] = set()
+    real = torch.ops.mkldnn._linear_pointwise
+
+    def counted(x: Tensor, *others: Any) -> Tensor:
+        rows.add(x.shape[0])
+        out: Tensor = real(x, *others, "none", [], "")
+        return out
+
+    monkeypatch.setattr(liubai.model.matmul, "prefers_onednn", lambda: True)
+    monkeypatch.setattr(liubai.model.matmul, "_onednn", counted)
+    engine = TorchEngine(tiny_model(1), eos_ids=[99], slots=40, max_length=64)
+    engine.load(tiny_model(1).state_dict(), version=0)
+    requests = [Request(id=i, prompt_ids=(5,), max_tokens=1 + i, seed=i) for i in range(40)]
+    assert [len(s.completion_ids) for s in generate(engine, requests)] == list(range(1, 41))
+    assert {32, 64} <= rows
+    assert rows <= {1, 32, 64}  # 1: the prompt
 
 
 # ---- attention ----
 
 
-def obvious(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+def obvious(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One query after another."""
     (B, T, H, E), (S, K) = q.shape, k.shape[1:3]
     rows = []
     for b, t, h in itertools.product(range(B), range(T), range(H)):
         g = h * K // H
-        seen = [s for s in range(S - T + t + 1) if hidden is None or not hidden[b, s]]
-        weights = torch.softmax(k[b, seen, g] @ q[b, t, h] / E**0.5, 0)
-        rows.append(weights @ v[b, seen, g])
+        seen = S - T + t + 1
+        weights = torch.softmax(k[b, :seen, g] @ q[b, t, h] / E**0.5, 0)
+        rows.append(weights @ v[b, :seen, g])
     return torch.stack(rows).view(B, T, H, E)
 
 
-ATTENTION: list[tuple[int, int, int, int, bool]] = [
-    # queries, lead, query heads, key heads, hidden
-    (1, 0, 2, 1, False),
-    (5, 0, 4, 2, False),
-    (9, 3, 4, 2, True),
-    (8, 4, 6, 2, False),
-    (13, 1, 3, 3, True),
-]
-
-
 @pytest.mark.parametrize("way", ["blocks", "torch"])
-@pytest.mark.parametrize(("T", "lead", "H", "K", "hide"), ATTENTION)
+@pytest.mark.parametrize(
+    ("T", "lead", "H", "K"), [(1, 0, 2, 1), (5, 0, 4, 2), (9, 3, 4, 2), (8, 4, 6, 2), (13, 1, 3, 3)]
+)
 def test_attention_equals_a_loop(
-    monkeypatch: pytest.MonkeyPatch, way: str, T: int, lead: int, H: int, K: int, hide: bool
+    monkeypatch: pytest.MonkeyPatch, way: str, T: int, lead: int, H: int, K: int
 ) -> None:
     monkeypatch.setattr(liubai.model.attention, "BLOCK", 4)
     monkeypatch.setattr(liubai.model.attention, "SHORT", 99 if way == "blocks" else 0)
-    hidden = None
-    if hide:
-        hidden = torch.zeros(2, lead + T, dtype=torch.bool)
-        hidden[0, 0] = hidden[1, lead - 1] = True
     shapes = [(2, T, H, 8), (2, lead + T, K, 8), (2, lead + T, K, 8)]
     inputs = [
         randn(*s, seed=i, dtype=torch.float64).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
         for i, s in enumerate(shapes)
     ]
-    got, wanted = attention(*inputs, hidden), obvious(*inputs, hidden)
+    got, wanted = attention(*inputs), obvious(*inputs)
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
-        torch.testing.assert_close(attention(*inputs, hidden), wanted, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(attention(*inputs), wanted, rtol=1e-10, atol=1e-12)
     weights = randn(*got.shape, seed=7, dtype=torch.float64)
     gradients = [torch.autograd.grad(x, inputs, weights) for x in (got, wanted)]
     for mine, theirs in zip(*gradients, strict=True):
@@ -205,10 +248,34 @@ def test_an_error_in_a_replica_is_raised_and_the_threads_are_given_back() -> Non
 
 
 @pytest.mark.usefixtures("three_threads")
+def test_half_a_gradient_does_not_outlive_an_error() -> None:
+    def fails(model: Transformer, items: Sequence[int]) -> list[tuple[int, Any]]:
+        found = squares(model, items)
+        if 5 in items:
+            raise ArithmeticError
+        return found
+
+    replicas = Replicas(tiny_model(1))
+    with pytest.raises(ArithmeticError):
+        replicas.map(fails, [4, 5, 6])
+    assert all(p.grad is None for m in replicas.models for p in m.parameters())
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_what_is_frozen_stays_frozen_in_replicas() -> None:
+    model = tiny_model(1)
+    model.embed_tokens.weight.requires_grad_(False)
+    Replicas(model).map(squares, [1, 2, 3])
+    assert model.embed_tokens.weight.grad is None
+    assert model.norm.weight.grad is not None
+
+
+@pytest.mark.usefixtures("three_threads")
 def test_a_large_model_stays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(1)
-    monkeypatch.setattr(liubai.learn.replicas, "LARGEST", model.count_parameters())
-    assert len(Replicas(model).models) == 3
+    for fit in (5, 2):
+        monkeypatch.setattr(liubai.learn.replicas, "LARGEST", fit * model.count_parameters())
+        assert len(Replicas(model).models) == min(fit, 3)
     monkeypatch.setattr(liubai.learn.replicas, "LARGEST", model.count_parameters() - 1)
     replicas = Replicas(model)
     assert [m is model for _, m in replicas.map(squares, [1, 2, 3])] == [True] * 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def test_same_seed_same_metrics(inflight: bool, base: Path, tmp_path: Path) -> N
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "plain": {"tokens_per_microbatch": 64},
     "inflight": {"inflight": True},
     "everything": {
         "inflight": True,
@@ -100,7 +100,18 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("way", "threads"), [*((way, 1) for way in WAYS), ("plain", 3)], indirect=["threads"]
+)
+@pytest.mark.usefixtures("threads")
 def test_resume_is_bit_exact(way: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed before the first save, right after one, in the middle of a step, and again."""
     config = config_of(steps=7, **WAYS[way])

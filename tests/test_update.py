@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +21,7 @@ from liubai.learn.logprobs import batch_logprobs
 from liubai.learn.losses import LossConfig
 from liubai.learn.optim import Optimizer
 from liubai.learn.packing import Batch, Sequence1, micro_batches, pack, place
-from liubai.learn.prompts import SharedPrompts
-from liubai.learn.update import Lot, UpdateConfig, WeightsDisagree, lots, sequences, update
+from liubai.learn.update import Lot, UpdateConfig, WeightsDisagree, lots, read_lot, sequences, update
 from liubai.model.transformer import Transformer
 from liubai.rollout.engine import Request, generate
 from liubai.rollout.torch_engine import TorchEngine
@@ -140,17 +139,22 @@ def test_a_sequence_wider_than_the_row_is_refused() -> None:
         pack(documents([5], [[True] * 5]), 4, 0)
 
 
-def test_what_continues_a_shared_prefix_keeps_its_place_and_has_a_row_of_its_own() -> None:
+def test_what_continues_a_prefix_keeps_its_place_and_has_a_row_of_its_own() -> None:
     whole = documents([6, 4], [[False, False, True, True, True, True], [True] * 4])
-    rest = [whole[0].after(2, prefix=7), whole[1].after(0, prefix=3)]
+    rest = [whole[0].after(2), whole[1].after(0)]
     (batch,) = micro_batches(rest, 0, 100)
     assert batch.ids_BT.tolist() == [[102, 103, 104, 105], [106, 107, 108, 109]]
     assert batch.positions_BT.tolist() == [[2, 3, 4, 5], [0, 1, 2, 3]]
-    assert batch.prefixes_B.tolist() == [7, 3]
     assert batch.values["own"][:, 0].tolist() == [103.0, 107.0]
-    assert [b.prefixes_B.tolist() for b in batch.split(1)] == [[7], [3]]
     with pytest.raises(ValueError, match="cannot share its row"):
         pack(rest, 20, 0)
+
+
+def test_a_long_prefix_bounds_the_rows_of_a_micro_batch() -> None:
+    """Each row holds keys of all that it continues."""
+    long = documents([1010] * 40, [[True] * 1010] * 40)
+    parts = micro_batches([s.after(1000) for s in long], 0, 2048)
+    assert [b.ids_BT.shape for b in parts] == [(8, 10)] * 5
 
 
 def test_padding_and_packing_do_not_change_logprobs() -> None:
@@ -178,30 +182,26 @@ def test_padding_and_packing_do_not_change_logprobs() -> None:
                     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 10, 4096])
-def test_reading_a_prompt_once_does_not_change_logprobs(tokens: int) -> None:
-    """Answers of unequal prompts in one micro-batch, prompts in one lot or in several, and a prompt of
-    one token, of which nothing can be shared."""
+@pytest.mark.parametrize(("share_from", "shared"), [(1, 3), (4, 2), (32, 0)])
+def test_reading_a_prompt_once_does_not_change_logprobs(share_from: int, shared: int) -> None:
+    """Prompts of 3, 8 and 13 tokens, and one of a single token, of which nothing can be shared."""
     model = tiny_model(1)
     samples = [s for g in some_groups() for s in g.samples]
     samples.append(random_sample(torch.Generator().manual_seed(4), prompt=1, completion=12))
-    config = settings_of(tokens_per_microbatch=tokens)
+    config = settings_of(tokens_per_microbatch=100, share_from=share_from)
     cut = lots(sequences([(s, float(i)) for i, s in enumerate(samples)], config, 0), config, EOS)
-    assert len(cut) == {1: 4, 10: 3, 4096: 1}[tokens]
+    assert sum(bool(lot.prompt) for lot in cut) == shared
     seen = []
     for lot in cut:
-        assert len(set(lot.prompts)) == len(lot.prompts)
         with torch.no_grad():
-            prompts = SharedPrompts(model, lot.prompts)
-            for batch in lot.batches:
-                logprobs_BT, _ = batch_logprobs(model, batch, prompts=prompts)
-                number_BT = batch.values["advantages"]
-                for i in {int(n) for n in number_BT[batch.mask_BT].tolist()}:
-                    got = logprobs_BT[batch.mask_BT & (number_BT == i)]
-                    torch.testing.assert_close(
-                        got.double(), naive_logprobs(model, samples[i], 1.0), rtol=0, atol=2e-5
-                    )
-                    seen.append(i)
+            read = list(read_lot(model, lot, config))
+        for batch, logprobs_BT, _ in read:
+            number_BT = batch.values["advantages"]
+            for i in {int(n) for n in number_BT[batch.mask_BT].tolist()}:
+                got = logprobs_BT[batch.mask_BT & (number_BT == i)]
+                wanted = naive_logprobs(model, samples[i], 1.0)
+                torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2e-5)
+                seen.append(i)
     assert sorted(seen) == list(range(len(samples)))
 
 
@@ -275,11 +275,25 @@ def plain_gradient(model: Transformer, groups: Sequence[Group], config: UpdateCo
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_update_has_the_gradient_of_the_formula(aggregation: str, temperature: float) -> None:
+@pytest.mark.parametrize("share_from", [1, 9, 32])
+@pytest.mark.usefixtures("threads")
+def test_update_has_the_gradient_of_the_formula(
+    aggregation: str, temperature: float, share_from: int
+) -> None:
     """And no other term: an entropy bonus anywhere on the way would show."""
-    config = settings_of(aggregation, temperature=temperature)
+    config = settings_of(
+        aggregation, temperature=temperature, share_from=share_from, tokens_per_microbatch=100
+    )
     metrics, got = update_of(tiny_model(1), some_groups(), config)
     wanted = plain_gradient(tiny_model(1), some_groups(), config)
     assert got.keys() == wanted.keys()
@@ -307,6 +321,7 @@ def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: f
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("loss", [{}, {"kl": 0.2, "importance_cap": 1.5}])
+@pytest.mark.usefixtures("threads")
 def test_microbatch_split_gives_the_same_gradient(aggregation: str, loss: dict[str, float]) -> None:
     reference = tiny_model(2)
     whole = settings_of(aggregation, tokens_per_microbatch=100_000, loss=loss)
@@ -326,10 +341,10 @@ def test_equivalent_configurations_take_one_way(monkeypatch: pytest.MonkeyPatch)
     groups, config = some_groups(), settings_of(tokens_per_microbatch=100_000)
 
     def padded(listed: Sequence[Sequence1], config: UpdateConfig, pad: int) -> list[Lot]:
-        return [Lot([], [pack([s], 256, pad) for s in reversed(listed)])]
+        return [Lot((), [pack([s], 256, pad) for s in reversed(listed)])]
 
     def packed(listed: Sequence[Sequence1], config: UpdateConfig, pad: int) -> list[Lot]:
-        return [Lot([], [pack(listed, 300, pad)])]
+        return [Lot((), [pack(listed, 300, pad)])]
 
     ways = [parameters_after(groups, config, 3)]
     ways.append(parameters_after(groups, replace(config, tokens_per_microbatch=1), 3))
@@ -338,6 +353,18 @@ def test_equivalent_configurations_take_one_way(monkeypatch: pytest.MonkeyPatch)
         ways.append(parameters_after(groups, config, 3))
     for other in ways[1:]:
         assert_close(other, ways[0], 5e-6)
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_answers_without_tokens_change_nothing(minibatches: int) -> None:
+    empty = [
+        group_of([Sample((5, 6), (), (), Stop.ABORT, ()) for _ in range(2)], [0.0, 1.0]) for _ in range(2)
+    ]
+    model = tiny_model(1)
+    config = settings_of(minibatches=minibatches)
+    metrics = update(model, Optimizer(model, lr=1e-2), empty, config, version=0, pad_id=EOS)
+    assert (metrics["update_tokens"], metrics["grad_norm"], metrics["skipped"]) == (1.0, 0.0, 0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_model(1).parameters(), strict=True))
 
 
 def test_minibatches_are_updates_one_after_another() -> None:
@@ -420,6 +447,7 @@ def test_canary_catches_stale_weights() -> None:
     engine.load(stale, version=1)
     with pytest.raises(WeightsDisagree, match="did not reach the engine"):
         update(trainer, optimizer, written(engine), settings_of(), version=1, pad_id=EOS)
+    assert all(p.grad is None for p in trainer.parameters())  # or it would turn up in the next update
     # the same tokens are no lie when they say that older weights wrote them
     late = update(trainer, optimizer, groups, settings_of(), version=1, pad_id=EOS)
     assert late["logprob_gap"] > 0.02

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from liubai.learn.packing import Batch
-from liubai.learn.prompts import SharedPrompts
 from liubai.model.matmul import outer_product, product
-from liubai.model.transformer import Transformer, causal
+from liubai.model.transformer import Attend, Transformer, causal
 
-#: At most this many logits exist at a time (16 Mi float32 = 64 MiB).
+#: At most this many logits are computed at a time (16 Mi float32 = 64 MiB).
 CHUNK_LOGITS = 1 << 24
 
 
@@ -34,8 +33,8 @@ class _TokenLogprobs(Function):
         entropy = torch.empty_like(logprobs)
         probs = logprobs.new_empty(0)
         for rows in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
-            logits = _logits(hidden_ND[rows], weight_VD, temperature)
-            probs, full = logits.softmax(-1), logits.log_softmax(-1)
+            full = _logits(hidden_ND[rows], weight_VD, temperature).log_softmax(-1)
+            probs = full.exp()
             entropy[rows] = -torch.linalg.vecdot(probs, full)
             logprobs[rows] = full.gather(1, targets_N[rows, None])[:, 0]
         # one chunk is small enough to keep; of several, none is kept
@@ -49,7 +48,7 @@ class _TokenLogprobs(Function):
     def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_ND, weight_VD, targets_N, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_ND)
-        grad_weight = torch.zeros_like(weight_VD)
+        grad_weight: Tensor | None = None
         for rows in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
             probs = kept
             if probs is None:
@@ -58,7 +57,10 @@ class _TokenLogprobs(Function):
             scale = grad_N[rows, None] / ctx.temperature
             grad = (probs * -scale).scatter_add_(1, targets_N[rows, None], scale).to(hidden_ND.dtype)
             grad_hidden[rows] = product(grad, weight_VD.T)
-            grad_weight += outer_product(grad, hidden_ND[rows])
+            part = outer_product(grad, hidden_ND[rows])
+            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        if grad_weight is None:
+            grad_weight = torch.zeros_like(weight_VD)
         return grad_hidden, grad_weight, None, None
 
 
@@ -81,10 +83,11 @@ def token_logprobs(
 
 
 def batch_logprobs(
-    model: Transformer, batch: Batch, temperature: float = 1.0, prompts: SharedPrompts | None = None
+    model: Transformer, batch: Batch, temperature: float = 1.0, attend: Attend | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the batch's targets and the entropies there, ``[B, T]``, 0 off the mask."""
-    attend = prompts.attend(batch) if prompts else causal(batch.attention_documents)
+    """Log-probabilities of the batch's targets and the entropies there, ``[B, T]``, 0 off the mask.
+    Rows that continue something need its ``attend``."""
+    attend = attend or causal(batch.attention_documents)
     hidden_BTD = model.hidden(batch.ids_BT, batch.positions_BT, attend)
     # nearly every position is on the mask: picking them out would cost more than the few others
     logprobs_N, entropy_N = token_logprobs(

@@ -78,8 +78,8 @@ class Optimizer:
         back non-finite and the caller decides.
         """
         grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
-        norm = float(torch.stack([g.norm() for g in grads.values()]).norm())
-        if math.isfinite(norm):
+        norm = math.sqrt(sum(float(g.norm()) ** 2 for g in grads.values()))
+        if grads and math.isfinite(norm):
             self.steps += 1
             clip = min(1.0, self.max_norm / (norm + 1e-6))
             for name, g in grads.items():

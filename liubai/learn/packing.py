@@ -9,7 +9,7 @@ equals the end id hides nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,27 +21,23 @@ class Sequence1:
 
     ``values`` are per-token numbers (behaviour log-probabilities, advantages…), one list a name,
     as long as ``ids``; they travel with their token. A sequence may continue a prefix that it shares
-    with others: then ``start`` is the position of its first id, and ``prefix`` the prefix's number.
+    with others: then ``start`` is the position of its first id.
     """
 
     ids: Sequence[int]
     learn: Sequence[bool]
     values: dict[str, Sequence[float]] = field(default_factory=dict)
     start: int = 0
-    prefix: int = -1
 
-    def after(self, n: int, prefix: int) -> Sequence1:
-        """The same without its first ``n`` ids, which are those of ``prefix``."""
-        if not n:
-            return replace(self, prefix=prefix)
+    def after(self, n: int) -> Sequence1:
+        """The same without its first ``n`` ids."""
         values = {name: v[n:] for name, v in self.values.items()}
-        return Sequence1(self.ids[n:], self.learn[n:], values, n, prefix)
+        return Sequence1(self.ids[n:], self.learn[n:], values, self.start + n)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of documents. ``documents_BT`` is −1 on padding; ``values`` hold ``[B, T]`` float tensors;
-    ``prefixes_B`` is the shared prefix that a row continues (−1: none)."""
+    """Rows of documents. ``documents_BT`` is −1 on padding; ``values`` hold ``[B, T]`` float tensors."""
 
     ids_BT: Tensor
     targets_BT: Tensor
@@ -49,7 +45,6 @@ class Batch:
     positions_BT: Tensor
     documents_BT: Tensor
     values: dict[str, Tensor]
-    prefixes_B: Tensor
 
     @property
     def tokens(self) -> int:
@@ -68,7 +63,6 @@ class Batch:
             self.positions_BT[rows],
             self.documents_BT[rows],
             {name: v[rows] for name, v in self.values.items()},
-            self.prefixes_B[rows],
         )
 
     @property
@@ -98,8 +92,8 @@ def place(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 def pack(sequences: Sequence[Sequence1], width: int, pad_id: int) -> Batch:
     """Pack into rows of ``width`` tokens. Document numbers are indices into ``sequences``. Sequences
-    that continue a prefix have a row each (:func:`micro_batches`)."""
-    if any(s.prefix >= 0 for s in sequences):
+    that continue a prefix have a row each (:func:`micro_batches`). Raises ``ValueError`` for those."""
+    if any(s.start for s in sequences):
         raise ValueError("a sequence that continues a shared prefix cannot share its row")
     return _lay_out(sequences, place([len(s.ids) for s in sequences], width), width, pad_id)
 
@@ -133,7 +127,6 @@ def _lay_out(sequences: Sequence[Sequence1], rows: Sequence[Sequence[int]], widt
         positions_BT=spread(offset_N + start_N, 0),
         documents_BT=spread(torch.tensor(order, dtype=torch.long).repeat_interleave(lengths), -1),
         values={n: follow(_flat((s.values[n] for s in listed), torch.float32), 0.0) for n in names},
-        prefixes_B=torch.tensor([sequences[row[0]].prefix for row in rows], dtype=torch.long),
     )
 
 
@@ -142,14 +135,17 @@ def _flat(parts: Iterable[Sequence[float]], dtype: torch.dtype) -> Tensor:
 
 
 def micro_batches(sequences: Sequence[Sequence1], pad_id: int, tokens: int) -> list[Batch]:
-    """Sequences of similar length share a micro-batch of at most ``tokens`` tokens, a row each.
+    """Sequences of similar length share a micro-batch of at most ``tokens`` tokens (or one sequence
+    that is longer), a row each. What they continue counts a quarter: it is only attended to.
 
     Rows are as wide as the longest sequence of their micro-batch, not of the whole update, so there is
     little padding; attention costs each token the width of its row; and no row needs a mask.
     """
     lots: list[list[Sequence1]] = []
     for s in sorted(sequences, key=lambda s: -len(s.ids)):
-        if not lots or (len(lots[-1]) + 1) * len(lots[-1][0].ids) > tokens:
+        rows = len(lots[-1]) + 1 if lots else 0
+        width = len(lots[-1][0].ids) if lots else 0
+        if not rows or rows * width > tokens or rows * (s.start + width) > 4 * tokens:
             lots.append([])
         lots[-1].append(s)
     return [_lay_out(lot, [[i] for i in range(len(lot))], len(lot[0].ids), pad_id) for lot in lots]

@@ -7,7 +7,7 @@ a small model up between the cores, as PyTorch does by default, makes them wait 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
@@ -17,17 +17,22 @@ from liubai.model.transformer import Transformer
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-#: Larger models have matrices that are worth cutting up, and gradients too large to have twice.
-LARGEST = 1 << 25
+#: Parameters of all replicas together. Larger models have matrices that are worth cutting up, and
+#: gradients too large to have many times.
+LARGEST = 1 << 26
+
+#: Threads that stay: each has memory of its own in malloc and in the libraries, which a new thread
+#: would ask for again. They are started when there is work for them.
+WORKERS = ThreadPoolExecutor(1024, thread_name_prefix="replica")
 
 
 class Replicas:
-    """As many as torch has threads, of a small model on a CPU; else the model alone."""
+    """As many as torch has threads, of a small model on a CPU; fewer of a larger one, down to itself."""
 
     def __init__(self, model: Transformer) -> None:
         self.threads = torch.get_num_threads()
-        small = model.head_weight.device.type == "cpu" and model.count_parameters() <= LARGEST
-        self.models = [model, *(_replica(model) for _ in range(self.threads - 1) if small)]
+        fit = LARGEST // max(1, model.count_parameters()) if model.head_weight.device.type == "cpu" else 1
+        self.models = [model, *(_replica(model) for _ in range(min(self.threads, fit) - 1))]
 
     def map(
         self, work: Callable[[Transformer, Sequence[Item]], list[Result]], items: Sequence[Item]
@@ -43,9 +48,14 @@ class Replicas:
             torch.set_num_threads(max(1, self.threads // n))
             return work(self.models[number], items[number::n])
 
+        others = [WORKERS.submit(alone, number) for number in range(1, n)]
         try:
-            with ThreadPoolExecutor(n) as pool:
-                shares = [future.result() for future in [pool.submit(alone, i) for i in range(n)]]
+            shares = [alone(0), *(other.result() for other in others)]
+        except BaseException:  # half a gradient must not turn up in a later one
+            wait(others)
+            for p in (p for model in self.models for p in model.parameters()):
+                p.grad = None
+            raise
         finally:
             torch.set_num_threads(self.threads)
         for replica in self.models[1:n]:
@@ -60,4 +70,6 @@ def _replica(model: Transformer) -> Transformer:
     with torch.device("meta"):
         replica = Transformer(model.config)
     replica.load_state_dict(model.state_dict(), assign=True)  # the same memory
+    for p, q in zip(model.parameters(), replica.parameters(), strict=True):
+        q.requires_grad_(p.requires_grad)
     return replica

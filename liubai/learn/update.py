@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TypeVar
@@ -19,7 +19,7 @@ from liubai.learn.logprobs import batch_logprobs
 from liubai.learn.losses import LossConfig, LossInputs, grpo_loss, token_weights
 from liubai.learn.optim import Optimizer
 from liubai.learn.packing import Batch, Sequence1, micro_batches
-from liubai.learn.prompts import SharedPrompts
+from liubai.learn.prompts import SharedPrompt
 from liubai.learn.replicas import Replicas
 from liubai.model.transformer import Transformer
 from liubai.types import Group, Sample
@@ -83,40 +83,33 @@ def update(
     ]
     replicas = Replicas(model)
     # the policy that ratios are taken against is the one before the *first* optimizer step
-    old = [_all_logprobs(replicas, m, config) for m in minibatches] if config.loss.importance_cap else None
+    if config.loss.importance_cap:
+        minibatches = [replicas.map(partial(_add_logprobs, "old", config), m) for m in minibatches]
+    if reference is not None:
+        readers = Replicas(reference)
+        minibatches = [readers.map(partial(_add_logprobs, "reference", config), m) for m in minibatches]
     sums: dict[str, float] = defaultdict(float)
     norms: list[float] = []
     for m, parts in enumerate(minibatches):
         loss = 0.0
-        referred = None if reference is None else _all_logprobs(Replicas(reference), parts, config)
-        for number, lot in enumerate(parts):
-            tasks = [
-                _Task(batch, old[m][number][b] if old else None, referred[number][b] if referred else None)
-                for b, batch in enumerate(lot.batches)
-            ]
-
-            def learn(model: Transformer, tasks: Sequence[_Task], lot: Lot = lot) -> list[dict[str, float]]:
-                prompts = SharedPrompts(model, lot.prompts)
-                seen = [_backward(model, prompts, task, config) for task in tasks]
-                prompts.backward()
-                return seen
-
-            for seen in replicas.map(learn, tasks):
-                if m == 0:
-                    _check_agreement(seen, config.tolerance)
-                else:  # the trainer has moved on: its weights no longer wrote anything
-                    seen["fresh"] = seen["fresh_gap"] = 0.0
-                for name, value in seen.items():
-                    sums[name] += value
-                loss += seen["loss"]
+        for seen in replicas.map(partial(_learn, config), parts):
+            if m == 0:
+                if seen["fresh_gap"] > config.tolerance * max(1.0, seen["fresh"]):
+                    optimizer.zero_grad()
+                    raise WeightsDisagree(_disagreement(seen, config))
+            else:  # the trainer has moved on: its weights no longer wrote anything
+                seen["fresh"] = seen["fresh_gap"] = 0.0
+            for name, value in seen.items():
+                sums[name] += value
+            loss += seen["loss"]
         if math.isfinite(loss):
             norms.append(optimizer.step(lr_scale))
         else:  # the gradients may look finite all the same: a clamp passes nothing on
             optimizer.zero_grad()
             norms.append(math.nan)
-    tokens = max(1.0, sums.pop("tokens"))
-    fresh, fresh_gap = sums.pop("fresh"), sums.pop("fresh_gap")
-    weight, squared = sums.pop("importance"), sums.pop("importance_squared")
+    tokens = max(1.0, sums.pop("tokens", 0.0))
+    fresh, fresh_gap = sums.pop("fresh", 0.0), sums.pop("fresh_gap", 0.0)
+    weight, squared = sums.pop("importance", 0.0), sums.pop("importance_squared", 0.0)
     metrics |= {name: value / tokens for name, value in sums.items() if name != "loss"}
     metrics |= {
         "loss": sums["loss"],
@@ -172,95 +165,89 @@ def sequences(pairs: Sequence[tuple[Sample, float]], config: UpdateConfig, versi
 
 @dataclass(frozen=True, slots=True)
 class Lot:
-    """Some prompts, and all answers to them in micro-batches that continue these prompts."""
+    """A prompt and all answers to it, in micro-batches that continue it; or answers with their own
+    short prompts, and ``prompt`` is empty."""
 
-    prompts: list[tuple[int, ...]]
+    prompt: tuple[int, ...]
     batches: list[Batch]
 
 
 def lots(listed: Sequence[Sequence1], config: UpdateConfig, pad_id: int) -> list[Lot]:
     """Cut long prompts off: all but the last token, which predicts the first token of an answer.
     Sequences with nothing to learn are left out."""
-    found: list[Lot] = []
-    numbers: dict[tuple[int, ...], int] = {}
-    answers: list[Sequence1] = []
-    room = config.tokens_per_microbatch
-
-    def close() -> None:
-        if answers:
-            found.append(Lot(list(numbers), micro_batches(answers, pad_id, config.tokens_per_microbatch)))
-
+    answers: dict[tuple[int, ...], list[Sequence1]] = defaultdict(list)
     for s in listed:
-        if True not in s.learn:
-            continue
-        prompt = tuple(s.ids[: max(0, s.learn.index(True) - 1)])
-        if len(prompt) < config.share_from:
-            prompt = ()
-        if prompt not in numbers and room < len(prompt) and numbers:
-            close()
-            numbers, answers, room = {}, [], config.tokens_per_microbatch
-        if prompt not in numbers:
-            numbers[prompt] = len(numbers)
-            room -= len(prompt)
-        answers.append(s.after(len(prompt), numbers[prompt]))
-    close()
+        if True in s.learn:
+            shared = max(0, s.learn.index(True) - 1)
+            shared = shared if shared >= config.share_from else 0
+            answers[tuple(s.ids[:shared])].append(s.after(shared))
+    found = []
+    for prompt, continued in answers.items():
+        batches = micro_batches(continued, pad_id, config.tokens_per_microbatch)
+        found += [Lot(prompt, batches)] if prompt else [Lot((), [batch]) for batch in batches]
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """A micro-batch, and what other policies say about it where the loss asks."""
+def read_lot(model: Transformer, lot: Lot, config: UpdateConfig) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Each micro-batch with its log-probabilities and entropies; what has gone back from them by the
+    end goes on into the prompt."""
+    prompt = SharedPrompt(model, lot.prompt) if lot.prompt else None
+    for batch in lot.batches:
+        attend = prompt.attend if prompt else None
+        yield batch, *batch_logprobs(model, batch, config.temperature, attend)
+    if prompt:
+        prompt.backward()
 
-    batch: Batch
-    old_BT: Tensor | None
-    reference_BT: Tensor | None
+
+def _learn(config: UpdateConfig, model: Transformer, parts: Sequence[Lot]) -> list[dict[str, float]]:
+    """The gradient of some lots; what there is to log, summed over each."""
+    found = []
+    for lot in parts:
+        lot_sums: dict[str, float] = defaultdict(float)
+        for batch, logprobs_BT, entropy_BT in read_lot(model, lot, config):
+            loss, sums = _loss(batch, logprobs_BT, config)
+            loss.backward()  # type: ignore[no-untyped-call]
+            sums |= {"loss": loss.detach(), "entropy": entropy_BT.sum()}
+            for name, value in sums.items():
+                lot_sums[name] += float(value)
+        found.append(lot_sums)
+    return found
 
 
-def _backward(
-    model: Transformer, prompts: SharedPrompts, task: _Task, config: UpdateConfig
-) -> dict[str, float]:
-    batch = task.batch
-    logprobs_BT, entropy_BT = batch_logprobs(model, batch, config.temperature, prompts)
+def _loss(batch: Batch, logprobs_BT: Tensor, config: UpdateConfig) -> tuple[Tensor, dict[str, Tensor]]:
     sampler_BT = batch.values["logprobs"]
     loss, sums = grpo_loss(
         LossInputs(
             logprobs_BT=logprobs_BT,
-            old_logprobs_BT=sampler_BT if task.old_BT is None else task.old_BT,
+            old_logprobs_BT=batch.values.get("old", sampler_BT),
             sampler_logprobs_BT=sampler_BT,
             advantages_BT=batch.values["advantages"],
             weights_BT=batch.values["weights"],
             mask_BT=batch.mask_BT,
-            reference_logprobs_BT=task.reference_BT,
+            reference_logprobs_BT=batch.values.get("reference"),
         ),
         config.loss,
     )
-    loss.backward()  # type: ignore[no-untyped-call]
     fresh_BT = batch.mask_BT & (batch.values["fresh"] > 0)
     gap_BT = (logprobs_BT.detach() - sampler_BT).abs()
-    sums |= {
-        "loss": loss.detach(),
-        "entropy": entropy_BT.sum(),
-        "fresh": fresh_BT.sum(),
-        "fresh_gap": gap_BT[fresh_BT].sum(),
-    }
-    return {name: float(value) for name, value in sums.items()}
+    return loss, sums | {"fresh": fresh_BT.sum(), "fresh_gap": gap_BT[fresh_BT].sum()}
 
 
-def _all_logprobs(replicas: Replicas, parts: Sequence[Lot], config: UpdateConfig) -> list[list[Tensor]]:
-    """By lot and micro-batch."""
-
-    def read(model: Transformer, batches: Sequence[Batch], lot: Lot) -> list[Tensor]:
-        with torch.no_grad():
-            prompts = SharedPrompts(model, lot.prompts)
-            return [batch_logprobs(model, batch, config.temperature, prompts)[0] for batch in batches]
-
-    return [replicas.map(partial(read, lot=lot), lot.batches) for lot in parts]
-
-
-def _check_agreement(seen: dict[str, float], tolerance: float) -> None:
-    gap = seen["fresh_gap"] / max(1.0, seen["fresh"])
-    if gap > tolerance:
-        raise WeightsDisagree(
-            f"engine and trainer disagree on tokens that the current weights wrote: mean |Δ log-prob| "
-            f"is {gap:.3f} (tolerance {tolerance}); the weights did not reach the engine"
+@torch.no_grad()
+def _add_logprobs(name: str, config: UpdateConfig, model: Transformer, parts: Sequence[Lot]) -> list[Lot]:
+    """The same lots, whose batches also know what ``model`` says: a value named ``name``."""
+    return [
+        Lot(
+            lot.prompt,
+            [replace(b, values={**b.values, name: lp}) for b, lp, _ in read_lot(model, lot, config)],
         )
+        for lot in parts
+    ]
+
+
+def _disagreement(seen: dict[str, float], config: UpdateConfig) -> str:
+    return (
+        "engine and trainer disagree on tokens that the current weights wrote: mean |Δ log-prob| is "
+        f"{seen['fresh_gap'] / seen['fresh']:.3f} (tolerance {config.tolerance}); the weights did not "
+        "reach the engine"
+    )

@@ -2,8 +2,8 @@
 
 PyTorch's CPU build holds two: MKL, which it asks for float32 products, and oneDNN. On a processor
 with AVX-512 that is not Intel's, MKL stays with AVX2, at half the speed; oneDNN does not. So there,
-and only there, :func:`linear` asks oneDNN. The choice depends on the processor and the shapes alone,
-never on a timing, so that a run repeats bit for bit.
+and only there, :func:`linear` asks oneDNN. The choice depends on the processor alone, never on a timing, so
+that a run repeats bit for bit.
 
 Shapes: M and N rows, K the dimension summed over.
 """
@@ -11,6 +11,7 @@ Shapes: M and N rows, K the dimension summed over.
 # mypy: disable-error-code="override,no-untyped-call,no-any-return"
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,26 +21,39 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
+CPUINFO = Path("/proc/cpuinfo")
+
+# oneDNN and PyTorch's layer over it each keep what they compiled, 1024 products of nearly a megabyte, read
+# from the environment when the first is computed. Shapes that come again soon are far fewer.
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "128")
+
 
 @cache
 def prefers_onednn() -> bool:
     """Is this a processor on which MKL leaves half of the vector unit idle?"""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
-    info = Path("/proc/cpuinfo")
-    return info.exists() and "GenuineIntel" not in info.read_text(encoding="utf-8", errors="replace")
+    if not CPUINFO.exists():
+        return False
+    return "GenuineIntel" not in CPUINFO.read_text(encoding="utf-8", errors="replace")
 
 
-def _onednn_takes(*tensors: Tensor) -> bool:
+def onednn_takes(*tensors: Tensor) -> bool:
+    """Will products of these go to oneDNN?"""
     return prefers_onednn() and all(
         t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() > 0 for t in tensors
     )
 
 
+def _onednn(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x_MK, weight_NK, bias_N, "none", [], "")
+
+
 def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     """``a @ bᵀ``, ``[M, N]``, of two matrices in any layout; without gradients."""
-    if _onednn_takes(a_MK, b_NK):
-        return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
+    if onednn_takes(a_MK, b_NK):
+        return _onednn(a_MK, b_NK, None)
     return a_MK @ b_NK.T
 
 
@@ -71,13 +85,13 @@ class _Linear(Function):
 
 
 def _forward(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    out_MN = torch.ops.mkldnn._linear_pointwise(x.flatten(0, -2), weight_NK, bias_N, "none", [], "")
+    out_MN = _onednn(x.flatten(0, -2), weight_NK, bias_N)
     return out_MN.view(*x.shape[:-1], weight_NK.shape[0])
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """``x @ weightᵀ + bias`` for ``x [..., K]``: ``torch.nn.functional.linear``, faster where it can be."""
-    if x.ndim < 2 or not _onednn_takes(x, weight_NK):
+    if x.ndim < 2 or not onednn_takes(x, weight_NK):
         return F.linear(x, weight_NK, bias_N)
     if torch.is_grad_enabled():
         return _Linear.apply(x, weight_NK, bias_N)

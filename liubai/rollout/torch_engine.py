@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from liubai.model.matmul import onednn_takes
 from liubai.model.transformer import Attend, Transformer, causal
 from liubai.rollout.cache import BandedCache
 from liubai.rollout.engine import Partial, Request, StaleWeights
@@ -23,8 +24,8 @@ from liubai.types import Sample, Span, Stop
 
 #: Prefill at most this many tokens (padding included) in one forward pass.
 PREFILL_TOKENS = 16384
-#: A decoding step has a multiple of this many rows: matrix products are compiled for each number of
-#: rows, and the number of answers that are still being written changes all the time.
+#: Where oneDNN multiplies, a decoding step has a multiple of this many rows: it compiles a product for
+#: each number of rows, and the number of answers that are still being written changes all the time.
 ROUND = 32
 
 
@@ -41,6 +42,7 @@ class TorchEngine:
         parameter = next(model.parameters())
         self.device = device = parameter.device
         self.slots, self.max_length = slots, max_length
+        self._round = ROUND if onednn_takes(model.head_weight) else 1
         self._version = -1
         self._eos = torch.tensor(sorted(eos_ids), device=device)
         self._cache = BandedCache(model.config, max_length, parameter.dtype, device)
@@ -125,14 +127,14 @@ class TorchEngine:
             return []
         slots = self._cache.slots()
         length_S = self._length[slots]
-        rows = -(-len(slots) // ROUND) * ROUND
+        rows = -(-len(slots) // self._round) * self._round
         padded = torch.cat([slots, slots[:1].expand(rows - len(slots))])
         attend = self._cache.attend(self._length, rows)
-        hidden = self.model.hidden(self._last[padded], self._length[padded], attend)[: len(slots)]
+        hidden = self.model.hidden(self._last[padded], self._length[padded], attend)
         count = self._count[slots]
         top_p = self._top_p[slots]
         ids, logprobs = sample(
-            self.model.head(hidden),
+            self.model.head(hidden)[: len(slots)],
             uniform(self._seed[slots], count),
             self._temperature[slots],
             top_p if bool((top_p < 1).any()) else None,
