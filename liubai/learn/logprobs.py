@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from liubai.learn.packing import Batch
+from liubai.model import kernels
 from liubai.model.matmul import outer_product, product
 from liubai.model.transformer import Attend, Transformer, causal
 
@@ -33,10 +34,8 @@ class _TokenLogprobs(Function):
         entropy = torch.empty_like(logprobs)
         probs = logprobs.new_empty(0)
         for rows in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
-            full = _logits(hidden_ND[rows], weight_VD, temperature).log_softmax(-1)
-            probs = full.exp()
-            entropy[rows] = -torch.linalg.vecdot(probs, full)
-            logprobs[rows] = full.gather(1, targets_N[rows, None])[:, 0]
+            logits = product(hidden_ND[rows], weight_VD).float()
+            logprobs[rows], entropy[rows], probs = _read(logits, targets_N[rows], temperature)
         # one chunk is small enough to keep; of several, none is kept
         kept = probs if len(probs) == len(logprobs) else None
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, kept)
@@ -52,10 +51,9 @@ class _TokenLogprobs(Function):
         for rows in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
             probs = kept
             if probs is None:
-                probs = _logits(hidden_ND[rows], weight_VD, ctx.temperature).softmax(-1)
-            # d logprob / d logits = onehot − p
-            scale = grad_N[rows, None] / ctx.temperature
-            grad = (probs * -scale).scatter_add_(1, targets_N[rows, None], scale).to(hidden_ND.dtype)
+                logits = product(hidden_ND[rows], weight_VD).float()
+                probs = _read(logits, targets_N[rows], ctx.temperature)[2]
+            grad = _write(grad_N[rows], probs, targets_N[rows], ctx.temperature).to(hidden_ND.dtype)
             grad_hidden[rows] = product(grad, weight_VD.T)
             part = outer_product(grad, hidden_ND[rows])
             grad_weight = part if grad_weight is None else grad_weight.add_(part)
@@ -64,9 +62,21 @@ class _TokenLogprobs(Function):
         return grad_hidden, grad_weight, None, None
 
 
-def _logits(hidden_ND: Tensor, weight_VD: Tensor, temperature: float) -> Tensor:
-    logits = product(hidden_ND, weight_VD).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def _read(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of the targets, entropies, probabilities. ``logits_NV`` is used up."""
+    if kernels.ready(logits_NV):
+        return *kernels.token_logprobs(logits_NV, targets_N.contiguous(), temperature), logits_NV
+    full_NV = logits_NV.div_(temperature).log_softmax(-1)
+    probs_NV = full_NV.exp()
+    return full_NV.gather(1, targets_N[:, None])[:, 0], -torch.linalg.vecdot(probs_NV, full_NV), probs_NV
+
+
+def _write(grad_N: Tensor, probs_NV: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
+    """d/d logits of ``grad · logprobs``: (onehot − p) · grad / temperature."""
+    if kernels.ready(grad_N, probs_NV):
+        return kernels.token_logprobs_backward(grad_N, probs_NV, targets_N.contiguous(), temperature)
+    scale_N1 = grad_N[:, None] / temperature
+    return (probs_NV * -scale_N1).scatter_add_(1, targets_N[:, None], scale_N1)
 
 
 def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:

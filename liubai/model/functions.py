@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import silu
 
+from liubai.model import kernels
+
 
 class _Rotate(Function):
     @staticmethod
@@ -29,6 +31,8 @@ class _Rotate(Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    if kernels.can_rotate(x, cos, sin):
+        return kernels.rotate(x, cos, sin, direction)
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin, value=direction)
 
 
@@ -42,17 +46,23 @@ class _SwiGLU(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
+        if kernels.ready(grad, gate, up):
+            return kernels.swiglu_backward(grad, gate, up)
         return torch.ops.aten.silu_backward(grad * up, gate), silu(gate).mul_(grad)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return kernels.swiglu(gate, up) if kernels.ready(gate, up) else silu(gate).mul_(up)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up`` (Shazeer 2020)."""
-    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else silu(gate).mul_(up)
+    return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else _gated(gate, up)
 
 
 class _RMSNorm(Function):
@@ -65,6 +75,8 @@ class _RMSNorm(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale, weight = ctx.saved_tensors
+        if kernels.ready(grad, x, weight):
+            return *kernels.rms_norm_backward(grad, x, scale, weight), None
         wide, size = scale.dtype, x.shape[-1]
         grad_wide, weight_wide = grad.to(wide), weight.to(wide)
         # With a mean of 0, LayerNorm's fused backward pass is this one's, but for a term too many:
@@ -84,6 +96,8 @@ class _RMSNorm(Function):
 
 
 def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if kernels.ready(x, weight):
+        return kernels.rms_norm(x, weight, eps)
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     scale = torch.linalg.vecdot(wide, wide).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
     return (wide * scale).mul_(weight).to(x.dtype), scale

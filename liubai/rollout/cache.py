@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from liubai.model import kernels
 from liubai.model.config import ModelConfig
 
 NARROWEST = 64
@@ -144,36 +145,57 @@ class DecodeAttend:
 
     def __init__(self, cache: BandedCache, length_S: Tensor, rows: int) -> None:
         self.group, self.heads = cache.group, cache.config.num_key_value_heads
-        self.plans = []
+        self.plans: list[tuple[Band, slice, Tensor]] = []
         start = 0
         for band in cache.bands:
-            n = len(band)
-            if not n:
-                continue
-            at_n = length_S[band.slots]
-            T = band.longest = int(at_n.max()) + 1
-            columns = torch.arange(T, device=at_n.device)
-            mask_nT = torch.zeros(n, 1, T, device=at_n.device, dtype=band.k.dtype)
-            mask_nT.masked_fill_(columns > at_n[:, None, None], float("-inf"))
-            head = torch.arange(n * self.heads, device=at_n.device) * band.width
-            write = head + at_n.repeat_interleave(self.heads)
-            self.plans.append((band, slice(start, start + n), T, mask_nT, write))
-            start += n
-        self.padding = rows - start
+            if n := len(band):
+                at_n = length_S[band.slots]
+                band.longest = int(at_n.max()) + 1
+                self.plans.append((band, slice(start, start + n), at_n))
+                start += n
+        self.live, self.rows = start, rows
+        self._products: dict[Band, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer: int, q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> Tensor:
-        K, E, G = self.heads, q_NHE.shape[-1], self.group
-        outs = []
-        q_NHE = q_NHE * E**-0.5
-        for band, rows, T, mask_nT, write in self.plans:
+        out_NHE = torch.empty_like(q_NHE)
+        out_NHE[self.live :] = 0  # padding: nobody looks at it
+        for band, rows, at_n in self.plans:
             n = len(band)
-            k, v = band.k[layer, :n], band.v[layer, :n]
-            k.view(-1, E).index_copy_(0, write, k_NKE[rows].reshape(-1, E))
-            v.view(-1, E).index_copy_(0, write, v_NKE[rows].reshape(-1, E))
-            scores = torch.bmm(q_NHE[rows].reshape(n * K, G, E), k.view(n * K, -1, E)[:, :T].transpose(1, 2))
-            weights = torch.softmax(scores.view(n, K * G, T).add_(mask_nT), dim=-1)
-            out = torch.bmm(weights.view(n * K, G, T), v.view(n * K, -1, E)[:, :T])
-            outs.append(out.view(n, K * G, E))
-        if self.padding:
-            outs.append(q_NHE[-self.padding :])  # nobody looks at it
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+            q, k, v = q_NHE[rows], k_NKE[rows], v_NKE[rows]
+            keys, values, out = band.k[layer, :n], band.v[layer, :n], out_NHE[rows]
+            if kernels.ready(q, k, v, keys, values, out) and q.shape[-1] <= kernels.LARGEST_HEAD:
+                kernels.decode_attention(q, k, v, at_n, keys, values, out)
+            else:
+                self._by_products(band, at_n, q, k, v, keys, values, out)
+        return out_NHE
+
+    def _by_products(
+        self,
+        band: Band,
+        at_n: Tensor,
+        q_nHE: Tensor,
+        k_nKE: Tensor,
+        v_nKE: Tensor,
+        keys_nKWE: Tensor,
+        values_nKWE: Tensor,
+        out_nHE: Tensor,
+    ) -> None:
+        """The same as batched matrix products over the band's rectangle."""
+        n, K, E, G, T = len(band), self.heads, q_nHE.shape[-1], self.group, band.longest
+        if band not in self._products:
+            self._products[band] = self._mask_and_places(band, at_n, q_nHE.dtype)
+        mask_nT, places = self._products[band]
+        keys_nKWE.view(-1, E).index_copy_(0, places, k_nKE.reshape(-1, E))
+        values_nKWE.view(-1, E).index_copy_(0, places, v_nKE.reshape(-1, E))
+        keys_RTE, values_RTE = keys_nKWE.flatten(0, 1)[:, :T], values_nKWE.flatten(0, 1)[:, :T]
+        scores_RGT = torch.bmm((q_nHE * E**-0.5).reshape(n * K, G, E), keys_RTE.transpose(1, 2))
+        weights_nHT = torch.softmax(scores_RGT.view(n, K * G, T).add_(mask_nT), dim=-1)
+        out_nHE.copy_(torch.bmm(weights_nHT.view(n * K, G, T), values_RTE).view(n, K * G, E))
+
+    def _mask_and_places(self, band: Band, at_n: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What each row sees, ``[n, 1, T]``, and where each head's new key goes in the flattened cache."""
+        columns_T = torch.arange(band.longest, device=at_n.device)
+        mask_nT = torch.zeros(len(band), 1, band.longest, device=at_n.device, dtype=dtype)
+        mask_nT.masked_fill_(columns_T > at_n[:, None, None], float("-inf"))
+        heads = torch.arange(len(band) * self.heads, device=at_n.device) * band.width
+        return mask_nT, heads + at_n.repeat_interleave(self.heads)

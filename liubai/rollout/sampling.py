@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from liubai.model import kernels
+
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift: int64 shifts in torch drag the sign along."""
@@ -32,6 +34,22 @@ def sample(
     The log-probability is of the full distribution at that temperature, also under ``top_p``
     (which training therefore refuses). Temperature 0 is greedy, with log-probabilities at 1.
     """
+    if top_p_S is None:
+        if kernels.ready(logits_SV, temperature_S):
+            return kernels.sample(logits_SV, uniform_S, temperature_S)
+        return _sample(logits_SV, uniform_S, temperature_S, None)
+    # the others as if nobody asked for a nucleus: an answer must not depend on its neighbours
+    ids_S, logprobs_S = sample(logits_SV, uniform_S, temperature_S)
+    cut_C = (top_p_S < 1).nonzero()[:, 0]
+    ids_S[cut_C], logprobs_S[cut_C] = _sample(
+        logits_SV[cut_C], uniform_S[cut_C], temperature_S[cut_C], top_p_S[cut_C]
+    )
+    return ids_S, logprobs_S
+
+
+def _sample(
+    logits_SV: Tensor, uniform_S: Tensor, temperature_S: Tensor, top_p_S: Tensor | None
+) -> tuple[Tensor, Tensor]:
     greedy_S = temperature_S == 0
     scale_S = torch.where(greedy_S, 1.0, temperature_S)
     probs_SV = torch.softmax(logits_SV.float() / scale_S[:, None], dim=-1)

@@ -1,0 +1,230 @@
+"""Optional compiled kernels: ``kernels.c``, built by the machine's C compiler where there is one.
+
+A small model on a CPU spends half its time in passes over memory between matrix products. ``kernels.c``
+makes each pass once. Nothing depends on it: where it cannot be built, on another device or in another
+precision, the PyTorch code beside each call computes the same, more slowly. Set ``LIUBAI_KERNELS=off``
+to do without.
+
+The library lies in the user's cache folder, named after source, flags, compiler and processor. It shares
+PyTorch's own OpenMP threads: a second pool would fight the first for the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-std=gnu11", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+#: as in kernels.c
+LARGEST_HEAD = 256
+#: what the first compilation may take, in seconds; it takes one
+PATIENCE = 60
+
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+#: result and arguments of each function in kernels.c; a result that is not 0 is a failure
+SIGNATURES: dict[str, list[Any]] = {
+    "rms_norm": [None, _P, _P, _F, _I, _I, _P, _P],
+    "rms_norm_backward": [ctypes.c_int, _P, _P, _P, _P, _I, _I, _P, _P],
+    "swiglu": [None, _P, _P, _I, _P],
+    "swiglu_backward": [None, _P, _P, _P, _I, _P, _P],
+    "rotate": [None, _P, _I, _I, _I, _I, _I, _P, _P, _F, _I, _I, _P],
+    "decode_attention": [ctypes.c_int, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _F, _P],
+    "token_logprobs": [None, _P, _P, _F, _I, _I, _P, _P],
+    "token_logprobs_backward": [None, _P, _P, _P, _F, _I, _I, _P],
+    "sample": [ctypes.c_int, _P, _P, _P, _I, _I, _P, _P],
+}
+
+
+class NoKernels(Exception):
+    """Why there are none; shown in ``environment.json``."""
+
+
+@cache
+def library() -> ctypes.CDLL | NoKernels:
+    """The compiled library, built if need be, or the reason why there is none."""
+    try:
+        if os.environ.get("LIUBAI_KERNELS", "on").lower() in ("off", "0", "no"):
+            raise NoKernels("LIUBAI_KERNELS=off")
+        found = ctypes.CDLL(str(_built()))
+    except NoKernels as error:
+        return error
+    except (OSError, subprocess.SubprocessError) as error:
+        return NoKernels(f"{type(error).__name__}: {error}")
+    for name, (result, *arguments) in SIGNATURES.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found
+
+
+def status() -> str:
+    """For people: ``compiled``, or why not."""
+    found = library()
+    return f"none ({found})" if isinstance(found, NoKernels) else "compiled"
+
+
+def ready(*tensors: Tensor) -> bool:
+    """Can the kernels work on all of these: contiguous, on the CPU, single precision?"""
+    return not isinstance(library(), NoKernels) and all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors
+    )
+
+
+def _call(name: str, *arguments: Tensor | float) -> None:
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    if getattr(library(), name)(*values):
+        raise MemoryError(f"the kernel {name} found no memory for its scratch space")
+
+
+# ---- one function a kernel; all tensors are `ready`, what is returned is new ----
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The normalised rows of ``x [..., D]`` and their scales ``[..., 1]``."""
+    out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+    _call("rms_norm", x, weight_D, eps, scale.numel(), x.shape[-1], out, scale)
+    return out, scale
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, scale: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x`` and of the weight."""
+    of_x, of_weight_D = torch.empty_like(x), torch.empty_like(weight_D)
+    _call("rms_norm_backward", grad, x, scale, weight_D, scale.numel(), x.shape[-1], of_x, of_weight_D)
+    return of_x, of_weight_D
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    out = torch.empty_like(gate)
+    _call("swiglu", gate, up, gate.numel(), out)
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+    _call("swiglu_backward", grad, gate, up, gate.numel(), of_gate, of_up)
+    return of_gate, of_up
+
+
+def can_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """``x [N, H, E]`` or ``[B, T, H, E]`` may have any strides but within a head."""
+    return ready(cos, sin) and x.dtype == torch.float32 and x.ndim in (3, 4) and x.stride(-1) == 1
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    out = torch.empty(x.shape)
+    (outer, inner), (far, near) = ((*x.shape[:-2], 1)[:2], (*x.stride()[:-2], 0)[:2])
+    _call(
+        "rotate", x, outer, inner, far, near, x.stride(-2), cos, sin, direction, x.shape[-2], x.shape[-1], out
+    )
+    return out
+
+
+def decode_attention(
+    q_NHE: Tensor,
+    k_NKE: Tensor,
+    v_NKE: Tensor,
+    at_N: Tensor,
+    keys_NKWE: Tensor,
+    values_NKWE: Tensor,
+    out_NHE: Tensor,
+) -> None:
+    """Write each row's key and value into its cache at ``at_N``, then attend to all up to there."""
+    N, H, E = q_NHE.shape
+    K, W = keys_NKWE.shape[1:3]
+    _call(
+        "decode_attention", q_NHE, k_NKE, v_NKE, at_N, keys_NKWE, values_NKWE, N, H, K, E, W, E**-0.5, out_NHE
+    )
+
+
+def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the targets, and entropies, ``[N]`` in nats. ``logits_NV`` becomes the
+    probabilities."""
+    logprobs_N, entropy_N = logits_NV.new_empty(2, logits_NV.shape[0])
+    _call("token_logprobs", logits_NV, targets_N, temperature, *logits_NV.shape, logprobs_N, entropy_N)
+    return logprobs_N, entropy_N
+
+
+def token_logprobs_backward(
+    grad_N: Tensor, probs_NV: Tensor, targets_N: Tensor, temperature: float
+) -> Tensor:
+    of_logits_NV = torch.empty_like(probs_NV)
+    _call("token_logprobs_backward", grad_N, probs_NV, targets_N, temperature, *probs_NV.shape, of_logits_NV)
+    return of_logits_NV
+
+
+def sample(logits_SV: Tensor, uniform_S: Tensor, temperature_S: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`liubai.rollout.sampling.sample`; ``uniform_S`` is float64."""
+    ids_S, logprobs_S = (
+        uniform_S.new_empty(uniform_S.shape, dtype=torch.long),
+        logits_SV.new_empty(len(uniform_S)),
+    )
+    _call("sample", logits_SV, uniform_S, temperature_S, *logits_SV.shape, ids_S, logprobs_S)
+    return ids_S, logprobs_S
+
+
+def _built() -> Path:
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise NoKernels("no C compiler")
+    flags = [*FLAGS, "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else list(FLAGS)
+    version = _run([compiler, "--version"])
+    facts = [SOURCE.read_text(encoding="utf-8"), *flags, compiler, version, _openmp(), _processor()]
+    name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+    target = _folder() / f"kernels-{name}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as work:
+            fresh = Path(work) / "kernels.so"
+            # PyTorch's own OpenMP library first: the compiler's would be a second pool of threads
+            _run([compiler, *flags, "-shared", "-fPIC", "-o", str(fresh), str(SOURCE), _openmp(), "-lm"])
+            fresh.replace(target)  # atomic: another process may be building the same
+    return target
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    if done.returncode:
+        raise NoKernels(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def _openmp() -> str:
+    """The file of the OpenMP library that PyTorch runs on."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        raise NoKernels("only Linux tells which OpenMP library PyTorch runs on") from None
+    for line in maps.splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if "libgomp" in path:
+            return path
+    raise NoKernels("PyTorch does not run on GNU's OpenMP here")
+
+
+def _processor() -> str:
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return "\n".join(
+        sorted({x for x in text.splitlines() if x.startswith(("model name", "flags", "Features"))})
+    )
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(base) / "liubai"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise NoKernels(f"no cache folder: {error}") from None
+    if folder.stat().st_uid != os.getuid():
+        raise NoKernels(f"{folder} belongs to someone else")  # code from there would not be ours
+    return folder
