@@ -1,4 +1,4 @@
-"""The fast ways of computing what has an obvious way: products, attention, replicas."""
+"""The fast ways of computing what has an obvious way: products, replicas."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import liubai.learn.replicas
-import liubai.model.attention
 import liubai.model.matmul
 from liubai.learn.replicas import Replicas
-from liubai.model.attention import attention
 from liubai.model.matmul import Linear, linear, outer_product, prefers_onednn, product
 from liubai.model.transformer import Transformer
 from liubai.rollout.engine import Request, generate
@@ -137,45 +135,6 @@ def test_onednn_sees_few_numbers_of_rows_while_a_batch_drains(monkeypatch: pytes
     assert [len(s.completion_ids) for s in generate(engine, requests)] == list(range(1, 41))
     assert {32, 64} <= rows
     assert rows <= {1, 32, 64}  # 1: the prompt
-
-
-# ---- attention ----
-
-
-def obvious(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One query after another."""
-    (B, T, H, E), (S, K) = q.shape, k.shape[1:3]
-    rows = []
-    for b, t, h in itertools.product(range(B), range(T), range(H)):
-        g = h * K // H
-        seen = S - T + t + 1
-        weights = torch.softmax(k[b, :seen, g] @ q[b, t, h] / E**0.5, 0)
-        rows.append(weights @ v[b, :seen, g])
-    return torch.stack(rows).view(B, T, H, E)
-
-
-@pytest.mark.parametrize("way", ["blocks", "torch"])
-@pytest.mark.parametrize(
-    ("T", "lead", "H", "K"), [(1, 0, 2, 1), (5, 0, 4, 2), (9, 3, 4, 2), (8, 4, 6, 2), (13, 1, 3, 3)]
-)
-def test_attention_equals_a_loop(
-    monkeypatch: pytest.MonkeyPatch, way: str, T: int, lead: int, H: int, K: int
-) -> None:
-    monkeypatch.setattr(liubai.model.attention, "BLOCK", 4)
-    monkeypatch.setattr(liubai.model.attention, "SHORT", 99 if way == "blocks" else 0)
-    shapes = [(2, T, H, 8), (2, lead + T, K, 8), (2, lead + T, K, 8)]
-    inputs = [
-        randn(*s, seed=i, dtype=torch.float64).transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-        for i, s in enumerate(shapes)
-    ]
-    got, wanted = attention(*inputs), obvious(*inputs)
-    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
-    with torch.no_grad():
-        torch.testing.assert_close(attention(*inputs), wanted, rtol=1e-10, atol=1e-12)
-    weights = randn(*got.shape, seed=7, dtype=torch.float64)
-    gradients = [torch.autograd.grad(x, inputs, weights) for x in (got, wanted)]
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
 
 
 # ---- replicas ----

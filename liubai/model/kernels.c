@@ -14,6 +14,7 @@
 #include <omp.h>
 #else
 static int omp_get_max_threads(void) { return 1; }
+static int omp_get_num_threads(void) { return 1; }
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
@@ -85,9 +86,9 @@ int rms_norm_backward(const float *grad, const float *x, const float *scale, con
 #pragma omp parallel num_threads(threads)
 #endif
     {
-        i64 t = omp_get_thread_num();
+        i64 t = omp_get_thread_num(), team = omp_get_num_threads(); /* may be fewer than asked for */
         float *sum = sums + t * D;
-        for (i64 n = N * t / threads; n < N * (t + 1) / threads; n++) {
+        for (i64 n = N * t / team; n < N * (t + 1) / team; n++) {
             const float *g = grad + n * D, *row = x + n * D;
             float dot = 0, s = scale[n];
             SIMD_SUM(dot)
@@ -221,6 +222,200 @@ int decode_attention(const float *q, const float *k, const float *v, const i64 *
             }
         }
         free(weights);
+    }
+    return failed;
+}
+
+/* ---- Causal attention of short rows, forward and backward ----
+ * q, out [B, T, H, E], k, v [B, S, K, E]; query t sees keys 0 … S − T + t; lse [B, H, T] keeps the logarithm
+ * of the softmax's denominator. One key head of one row at a time: its matrices stay in the nearest cache.
+ * Return 0, or 1 without memory. */
+
+#ifdef __AVX512F__
+#define WIDTH 16
+#define ROWS 8 /* of a tile: its sums fill half of the registers */
+#else
+#define WIDTH 8
+#define ROWS 4
+#endif
+#define COLS (2 * WIDTH) /* of a tile */
+#define UP(n, to) (((n) + (to)-1) / (to) * (to))
+
+typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+/* c[r][j] += Σ a[r·ra + i·ka] · b[i·nb + j] for i from `from` to `to`: all products are made of these. */
+static inline void tile(const float *a, i64 ra, i64 ka, const float *b, i64 nb, i64 from, i64 to, float *c,
+                        i64 nc)
+{
+    vec sums[ROWS][2];
+    for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < 2; j++) sums[r][j] = ((const vec *)(c + r * nc))[j];
+    for (i64 i = from; i < to; i++) {
+        vec first = ((const vec *)(b + i * nb))[0], second = ((const vec *)(b + i * nb))[1];
+        PRAGMA(GCC unroll 8)
+        for (int r = 0; r < ROWS; r++) {
+            sums[r][0] += a[r * ra + i * ka] * first;
+            sums[r][1] += a[r * ra + i * ka] * second;
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int j = 0; j < 2; j++) ((vec *)(c + r * nc))[j] = sums[r][j];
+}
+
+/* A strip of ROWS rows: c[r][0 … n) += a · b */
+static inline void strip(const float *a, i64 ra, i64 ka, const float *b, i64 nb, i64 from, i64 to, float *c,
+                         i64 nc, i64 n)
+{
+    for (i64 j = 0; j < n; j += COLS) tile(a, ra, ka, b + j, nb, from, to, c + j, nc);
+}
+
+/* The sizes of the matrices of one head, rounded up to whole tiles. */
+typedef struct {
+    i64 T, S, H, K, E, Tp, Sp, Ep;
+} Sizes;
+
+/* n rows of E numbers, `stride` apart, as rows of Ep; what is past them is 0 already. */
+static inline void gather(const float *from, i64 stride, i64 n, Sizes z, float scale, float *to)
+{
+    for (i64 i = 0; i < n; i++)
+        for (i64 e = 0; e < z.E; e++) to[i * z.Ep + e] = from[i * stride + e] * scale;
+}
+
+static inline void scatter(const float *from, i64 stride, i64 n, Sizes z, float scale, float *to)
+{
+    for (i64 i = 0; i < n; i++)
+        for (i64 e = 0; e < z.E; e++) to[i * stride + e] = from[i * z.Ep + e] * scale;
+}
+
+static inline void transpose(const float *from, Sizes z, float *to)
+{
+    for (i64 s = 0; s < z.S; s++)
+        for (i64 e = 0; e < z.E; e++) to[e * z.Sp + s] = from[s * z.Ep + e];
+}
+
+static Sizes sizes(i64 T, i64 S, i64 H, i64 K, i64 E)
+{
+    return (Sizes){T, S, H, K, E, UP(T, ROWS), UP(S, COLS), UP(E, COLS)};
+}
+
+int attention(const float *q, const float *k, const float *v, i64 B, i64 T, i64 S, i64 H, i64 K, i64 E,
+              float scale, float *out, float *lse)
+{
+    const Sizes z = sizes(T, S, H, K, E);
+    int failed = 0;
+#ifdef _OPENMP
+#pragma omp parallel reduction(| : failed) if (B * T * S * H > ALONE)
+#endif
+    {
+        float *space = calloc((size_t)(3 * z.Sp * z.Ep + ROWS * (2 * z.Ep + z.Sp)), sizeof *space);
+        float *keys = space, *values = keys + z.Sp * z.Ep, *across = values + z.Sp * z.Ep;
+        float *query = across + z.Sp * z.Ep, *sums = query + ROWS * z.Ep, *w = sums + ROWS * z.Ep;
+        failed = !space;
+#ifdef _OPENMP
+#pragma omp for schedule(static)
+#endif
+        for (i64 bk = 0; bk < B * K; bk++) {
+            if (!space) continue;
+            i64 row = bk / K, from = (row * S * K + bk % K) * E;
+            gather(k + from, K * E, S, z, 1, keys);
+            gather(v + from, K * E, S, z, 1, values);
+            transpose(keys, z, across);
+            for (i64 h = bk % K * (H / K); h < (bk % K + 1) * (H / K); h++)
+                for (i64 t = 0; t < T; t += ROWS) {
+                    i64 n = T - t < ROWS ? T - t : ROWS, seen = S - T + t + n;
+                    i64 at = ((row * T + t) * H + h) * E;
+                    gather(q + at, H * E, n, z, scale, query);
+                    memset(w, 0, (size_t)(ROWS * z.Sp) * sizeof *w);
+                    strip(query, z.Ep, 1, across, z.Sp, 0, E, w, z.Sp, UP(seen, COLS));
+                    for (i64 r = 0; r < n; r++) {
+                        float *mine = w + r * z.Sp, sum = 0;
+                        i64 own = S - T + t + r + 1;
+                        float top = largest(mine, own);
+                        SIMD_SUM(sum)
+                        for (i64 s = 0; s < own; s++) sum += mine[s] = exponential(mine[s] - top);
+                        float inverse = 1.0f / sum;
+                        SIMD
+                        for (i64 s = 0; s < own; s++) mine[s] *= inverse;
+                        for (i64 s = own; s < seen; s++) mine[s] = 0;
+                        lse[(row * H + h) * T + t + r] = top + logf(sum);
+                    }
+                    memset(sums, 0, (size_t)(ROWS * z.Ep) * sizeof *sums);
+                    strip(w, z.Sp, 1, values, z.Ep, 0, seen, sums, z.Ep, z.Ep);
+                    scatter(sums, H * E, n, z, 1, out + at);
+                }
+        }
+        free(space);
+    }
+    return failed;
+}
+
+int attention_backward(const float *grad, const float *q, const float *k, const float *v, const float *out,
+                       const float *lse, i64 B, i64 T, i64 S, i64 H, i64 K, i64 E, float scale, float *of_q,
+                       float *of_k, float *of_v)
+{
+    const Sizes z = sizes(T, S, H, K, E);
+    const i64 keys_size = z.Sp * z.Ep, rows_size = z.Tp * z.Ep, weights_size = z.Tp * z.Sp;
+    int failed = 0;
+#ifdef _OPENMP
+#pragma omp parallel reduction(| : failed) if (B * T * S * H > ALONE)
+#endif
+    {
+        float *space = calloc((size_t)(6 * keys_size + 2 * rows_size + 2 * weights_size + ROWS * z.Ep),
+                              sizeof *space);
+        float *keys = space, *values = keys + keys_size, *keys_across = values + keys_size;
+        float *values_across = keys_across + keys_size, *of_keys = values_across + keys_size;
+        float *of_values = of_keys + keys_size, *queries = of_values + keys_size;
+        float *grads = queries + rows_size, *w = grads + rows_size, *of_w = w + weights_size;
+        float *sums = of_w + weights_size;
+        failed = !space;
+#ifdef _OPENMP
+#pragma omp for schedule(static)
+#endif
+        for (i64 bk = 0; bk < B * K; bk++) {
+            if (!space) continue;
+            i64 row = bk / K, from = (row * S * K + bk % K) * E;
+            gather(k + from, K * E, S, z, 1, keys);
+            gather(v + from, K * E, S, z, 1, values);
+            transpose(keys, z, keys_across);
+            transpose(values, z, values_across);
+            memset(of_keys, 0, (size_t)(2 * keys_size) * sizeof *of_keys);
+            for (i64 h = bk % K * (H / K); h < (bk % K + 1) * (H / K); h++) {
+                i64 head = (row * T * H + h) * E;
+                gather(q + head, H * E, T, z, scale, queries);
+                gather(grad + head, H * E, T, z, 1, grads);
+                memset(w, 0, (size_t)(2 * weights_size) * sizeof *w);
+                for (i64 t = 0; t < T; t += ROWS) {
+                    i64 n = T - t < ROWS ? T - t : ROWS, seen = S - T + t + n;
+                    strip(queries + t * z.Ep, z.Ep, 1, keys_across, z.Sp, 0, E, w + t * z.Sp, z.Sp,
+                          UP(seen, COLS));
+                    strip(grads + t * z.Ep, z.Ep, 1, values_across, z.Sp, 0, E, of_w + t * z.Sp, z.Sp,
+                          UP(seen, COLS));
+                    for (i64 r = t; r < t + n; r++) {
+                        float *mine = w + r * z.Sp, *of_mine = of_w + r * z.Sp, dot = 0;
+                        float all = lse[(row * H + h) * T + r];
+                        i64 own = S - T + r + 1;
+                        for (i64 e = 0; e < E; e++) dot += grads[r * z.Ep + e] * out[head + r * H * E + e];
+                        SIMD
+                        for (i64 s = 0; s < own; s++) {
+                            mine[s] = exponential(mine[s] - all);
+                            of_mine[s] = mine[s] * (of_mine[s] - dot);
+                        }
+                        for (i64 s = own; s < UP(seen, COLS); s++) mine[s] = of_mine[s] = 0;
+                    }
+                    memset(sums, 0, (size_t)(ROWS * z.Ep) * sizeof *sums);
+                    strip(of_w + t * z.Sp, z.Sp, 1, keys, z.Ep, 0, seen, sums, z.Ep, z.Ep);
+                    scatter(sums, H * E, n, z, scale, of_q + head + t * H * E);
+                }
+                for (i64 s = 0; s < S; s += ROWS) { /* seen by queries from s − (S − T) on */
+                    i64 first = s > S - T ? (s - (S - T)) / ROWS * ROWS : 0;
+                    strip(w + s, 1, z.Sp, grads, z.Ep, first, T, of_values + s * z.Ep, z.Ep, z.Ep);
+                    strip(of_w + s, 1, z.Sp, queries, z.Ep, first, T, of_keys + s * z.Ep, z.Ep, z.Ep);
+                }
+            }
+            scatter(of_keys, K * E, S, z, 1, of_k + from);
+            scatter(of_values, K * E, S, z, 1, of_v + from);
+        }
+        free(space);
     }
     return failed;
 }

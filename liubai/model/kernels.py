@@ -41,6 +41,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "swiglu_backward": [None, _P, _P, _P, _I, _P, _P],
     "rotate": [None, _P, _I, _I, _I, _I, _I, _P, _P, _F, _I, _I, _P],
     "decode_attention": [ctypes.c_int, _P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _I, _F, _P],
+    "attention": [ctypes.c_int, _P, _P, _P, _I, _I, _I, _I, _I, _I, _F, _P, _P],
+    "attention_backward": [ctypes.c_int, *[_P] * 6, *[_I] * 6, _F, _P, _P, _P],
     "token_logprobs": [None, _P, _P, _F, _I, _I, _P, _P],
     "token_logprobs_backward": [None, _P, _P, _P, _F, _I, _I, _P],
     "sample": [ctypes.c_int, _P, _P, _P, _I, _I, _P, _P],
@@ -147,6 +149,25 @@ def decode_attention(
     )
 
 
+def attention(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention, and the logarithms of the softmax's denominators ``[B, H, T]``."""
+    (B, T, H, E), (S, K) = q_BTHE.shape, k_BSKE.shape[1:3]
+    out_BTHE, lse_BHT = torch.empty_like(q_BTHE), q_BTHE.new_empty(B, H, T)
+    _call("attention", q_BTHE, k_BSKE, v_BSKE, B, T, S, H, K, E, E**-0.5, out_BTHE, lse_BHT)
+    return out_BTHE, lse_BHT
+
+
+def attention_backward(
+    grad_BTHE: Tensor, q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, out_BTHE: Tensor, lse_BHT: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values."""
+    (B, T, H, E), (S, K) = q_BTHE.shape, k_BSKE.shape[1:3]
+    seen = (grad_BTHE, q_BTHE, k_BSKE, v_BSKE, out_BTHE, lse_BHT)
+    found = (torch.empty_like(q_BTHE), torch.empty_like(k_BSKE), torch.empty_like(v_BSKE))
+    _call("attention_backward", *seen, B, T, S, H, K, E, E**-0.5, *found)
+    return found
+
+
 def token_logprobs(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the targets, and entropies, ``[N]`` in nats. ``logits_NV`` becomes the
     probabilities."""
@@ -177,8 +198,10 @@ def _built() -> Path:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise NoKernels("no C compiler")
-    flags = [*FLAGS, "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else list(FLAGS)
     version = _run([compiler, "--version"])
+    if "clang" in version:
+        raise NoKernels("clang brings another OpenMP than PyTorch's; CC=gcc would do")
+    flags = [*FLAGS, "-mprefer-vector-width=512"] if platform.machine() == "x86_64" else list(FLAGS)
     facts = [SOURCE.read_text(encoding="utf-8"), *flags, compiler, version, _openmp(), _processor()]
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     target = _folder() / f"kernels-{name}.so"

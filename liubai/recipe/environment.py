@@ -11,13 +11,16 @@ PACKAGES = ("liubai", "torch", "numpy", "tokenizers", "safetensors")
 
 
 def describe(threads: int) -> dict[str, str | int]:
-    """A flat JSON object: versions, processor, cores, threads. Imports nothing heavy."""
+    """A flat JSON object: versions, processor, cores, threads, kernels."""
+    from liubai.model import kernels  # imports torch
+
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "processor": _processor(),
         "cores": os.cpu_count() or 0,
         "threads": threads,
+        "kernels": kernels.status(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

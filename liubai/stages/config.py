@@ -8,6 +8,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from liubai.errors import UserError
 
+#: a run stops after this many non-finite steps in a row
+MAX_SKIPPED = 3
+
 
 class StageConfig(BaseModel):
     """A small typed class next to the stage that it configures; unknown keys are errors."""

@@ -26,13 +26,10 @@ from liubai.model.transformer import Transformer, build
 from liubai.problems import family, world_vocabulary
 from liubai.problems.family import Habits, split_of
 from liubai.seeds import derive, stream
-from liubai.stages.config import Shares, StageConfig
+from liubai.stages.config import MAX_SKIPPED, Shares, StageConfig
 from liubai.stages.context import Context
 from liubai.text.template import BARE
 from liubai.text.tokenizer import EOS, TextTokenizer, word_level
-
-#: A run stops after this many non-finite steps in a row.
-MAX_SKIPPED = 3
 
 
 class ModelShape(BaseModel):

@@ -23,16 +23,13 @@ from liubai.problems import family, problem_at
 from liubai.problems.family import distinct_problems
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive, stream
-from liubai.stages.config import Shares, StageConfig
+from liubai.stages.config import MAX_SKIPPED, Shares, StageConfig
 from liubai.stages.context import Context
 from liubai.stages.evaluate import evaluate
 from liubai.stages.rl_metrics import probe_records, rollout_metrics, shuffle_rewards
 from liubai.stages.rollouts import Rollouts
 from liubai.text.template import template_for
 from liubai.types import Problem
-
-#: A run stops after this many non-finite steps in a row.
-MAX_SKIPPED = 3
 
 
 class Config(StageConfig):
