@@ -38,7 +38,7 @@ Set = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder.", show_default="runs/NAME")]
 Live = Annotated[bool, typer.Option("--live/--no-live", help="A live picture in a terminal.")]
-Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder, or a hub id.")]
 Seed = Annotated[int, typer.Option(min=0, help="Decides every random draw.")]
 TopP = Annotated[float, typer.Option(min=0.01, max=1.0, help="Keep the likeliest tokens of this mass.")]
 
@@ -118,7 +118,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """How often is a checkpoint right, in one try and in several?"""
-    _check_checkpoint(checkpoint)
+    checkpoint = _checkpoint_folder(checkpoint)
     from liubai.stages.evaluate import evaluate_checkpoint
     from liubai.stages.view import progress_bar
 
@@ -149,12 +149,13 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
 
 
-def _check_checkpoint(folder: Path) -> None:
+def _checkpoint_folder(path: Path) -> Path:
     """Raises ``UserError`` before anything heavy is imported."""
+    from liubai.model.hub import find_folder
+
+    folder = find_folder(path)
     if (folder / "config.json").is_file():
-        return
-    if not folder.is_dir():
-        raise UserError(f"there is no checkpoint folder '{folder}'")
+        return folder
     inside = sorted(path.parent for path in folder.glob("**/checkpoint/config.json"))
     hint = f"; did you mean '{inside[-1]}'?" if inside else ""
     raise UserError(f"'{folder}' is not a checkpoint: it has no config.json{hint}")
@@ -207,7 +208,7 @@ def _items(lines: Iterable[str], file: str, checkers: Sequence[str]) -> Iterator
 
     Data never chooses code: a line may name a checker only if the command line named it, too.
     """
-    from liubai.grade import GradeItem, check_verifier, is_bounded
+    from liubai.grade import GradeItem, check_verifier, is_ours
 
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -222,6 +223,8 @@ def _items(lines: Iterable[str], file: str, checkers: Sequence[str]) -> Iterator
         for key in ("verifier", "gold", "response"):
             if key not in raw:
                 raise UserError(f"{where}: '{key}' is missing")
+            if key == "gold" and isinstance(raw[key], list | dict):
+                raw[key] = json.dumps(raw[key], ensure_ascii=False)  # tests of a program
             if not isinstance(raw[key], str):
                 raise UserError(f"{where}: '{key}' must be a string, not {json.dumps(raw[key])[:40]}")
         meta = raw.get("meta") or {}
@@ -231,7 +234,7 @@ def _items(lines: Iterable[str], file: str, checkers: Sequence[str]) -> Iterator
             check_verifier(raw["verifier"])
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if not is_bounded(raw["verifier"]) and raw["verifier"] not in checkers:
+        if not is_ours(raw["verifier"]) and raw["verifier"] not in checkers:
             raise UserError(
                 f"{where}: '{raw['verifier']}' is code; to run it, name it: --checker {raw['verifier']}"
             )
@@ -264,7 +267,7 @@ def chat(
     seed: Seed = 0,
 ) -> None:
     """Ask a checkpoint questions; every question stands alone. Ctrl-D or Ctrl-C leaves."""
-    _check_checkpoint(checkpoint)
+    checkpoint = _checkpoint_folder(checkpoint)
     from liubai.model.checkpoint import load
     from liubai.rollout.engine import Request
     from liubai.rollout.torch_engine import TorchEngine
@@ -274,7 +277,7 @@ def chat(
     model, tokenizer = load(checkpoint)
     template = template_for(tokenizer, checkpoint)
     room = min(model.config.max_position_embeddings, max_tokens + 2048)
-    engine = TorchEngine(model, eos_ids=[tokenizer.eos_id], slots=1, max_length=room)
+    engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=1, max_length=room)
     engine.load(model.state_dict(), version=0)
     turn = 0
     try:

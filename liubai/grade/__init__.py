@@ -6,7 +6,7 @@ mistaken for "wrong". Every rule about what counts as the answer stands in :mod:
 
 from liubai.grade.extract import Extracted, extract
 from liubai.grade.format import check_format
-from liubai.grade.judge import GradeItem, Verdict, check_verifier, grade, is_bounded
+from liubai.grade.judge import GradeItem, Verdict, check_verifier, grade, is_bounded, is_ours
 from liubai.grade.pool import GraderPool, grade_lines
 from liubai.grade.rewards import RewardWeights, reward, shuffled
 from liubai.grade.verifiers import VERIFIERS, Verifier
@@ -25,6 +25,7 @@ __all__ = [
     "grade",
     "grade_lines",
     "is_bounded",
+    "is_ours",
     "reward",
     "shuffled",
 ]

@@ -27,9 +27,11 @@ TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)
 
 MAX_RESPONSE = 1_000_000  #: characters
 MAX_ANSWER = 2_000  #: characters
+MAX_PROGRAM = 100_000  #: characters
 
 BOX = "\\boxed{"
 _ANSWER_TAG = re.compile(f"{ANSWER}|{END_ANSWER}")
+_FENCE = re.compile(r"^[ \t]*```([^\n`]*)$", re.MULTILINE)
 _BRACE = re.compile(r"\\[{}]|[{}]")  # an escaped brace is consumed whole and does not count
 
 
@@ -43,19 +45,53 @@ class Extracted:
 
 def extract(response: str, prefilled: str = "") -> Extracted:
     """The answer in ``response``; ``prefilled`` is the template's beginning of the assistant's turn."""
+    said = _said(response, prefilled)
+    if said.answer is None:
+        return said
+    if _ANSWER_TAG.search(said.answer):
+        return _from_tags(said.answer, MAX_ANSWER)
+    return _from_box(said.answer)
+
+
+def extract_code(response: str, prefilled: str = "") -> Extracted:
+    """The last fenced block after the thought (```` ```python … ``` ````, any language word), in the
+    answer tags where there are some. A fence that never closes is no program."""
+    said = _said(response, prefilled)
+    if said.answer is None:
+        return said
+    text = said.answer
+    if _ANSWER_TAG.search(text):
+        tagged = _from_tags(text, MAX_PROGRAM)
+        if tagged.answer is None:
+            return tagged
+        text = tagged.answer
+    last, begin = None, None
+    for fence in _FENCE.finditer(text):
+        if begin is None:
+            begin = fence.end() + 1
+        elif not fence[1].strip():  # with a word it would open another one: it belongs to the program
+            last, begin = text[begin : fence.start()], None
+    if last is None or begin is not None:
+        return Extracted(None, "no closed fence after the thought, or the last one is never closed")
+    if not last.strip():
+        return Extracted(None, "the last fence is empty")
+    if len(last) > MAX_PROGRAM:
+        return Extracted(None, f"the program is longer than {MAX_PROGRAM} characters")
+    return Extracted(last, "last fence")  # indentation and all
+
+
+def _said(response: str, prefilled: str) -> Extracted:
+    """What comes after the thought."""
     if len(response) > MAX_RESPONSE:
         return Extracted(None, f"the response is longer than {MAX_RESPONSE} characters")
     turn = prefilled + response
     closed = turn.rfind(END_THINK)
     if turn.rfind(THINK) > closed:
         return Extracted(None, "the thought is never closed")
-    said = turn[closed + len(END_THINK) :] if closed >= 0 else turn
-    if _ANSWER_TAG.search(said):
-        return _from_tags(said)
-    return _from_box(said)
+    return Extracted(turn[closed + len(END_THINK) :] if closed >= 0 else turn, "after the thought")
 
 
-def _from_tags(said: str) -> Extracted:
+def _from_tags(said: str, longest: int) -> Extracted:
     begin: int | None = None
     inner = ""
     for tag in _ANSWER_TAG.finditer(said):
@@ -71,7 +107,7 @@ def _from_tags(said: str) -> Extracted:
     if begin is not None:
         return Extracted(None, "the answer is never closed")
     if BOX not in inner:
-        return _checked(inner, "answer tag")
+        return _checked(inner, "answer tag", longest)
     contents = boxes(inner)
     if contents is None:
         return Extracted(None, "a box in the answer is never closed")
@@ -89,12 +125,12 @@ def _from_box(said: str) -> Extracted:
     return _checked(contents[-1], "last box")
 
 
-def _checked(answer: str, where: str) -> Extracted:
+def _checked(answer: str, where: str, longest: int = MAX_ANSWER) -> Extracted:
     answer = answer.strip()
     if not answer:
         return Extracted(None, f"the answer is empty ({where})")
-    if len(answer) > MAX_ANSWER:
-        return Extracted(None, f"the answer is longer than {MAX_ANSWER} characters")
+    if len(answer) > longest:
+        return Extracted(None, f"the answer is longer than {longest} characters")
     return Extracted(answer, where)
 
 

@@ -1,8 +1,8 @@
 """From a response to a verdict: extraction, format, then one verifier.
 
-A verifier is a name of ``VERIFIERS`` or the user's own ``checker.py:function`` / ``module:function``,
-called as ``f(gold, answer, meta)`` and returning a bool or a score from 0 to 1. Users' code runs in
-the worker processes of ``GraderPool`` only: it may hang, crash or eat memory.
+A verifier is a name of ``VERIFIERS`` or ``CAGED``, or the user's own ``checker.py:function`` /
+``module:function``, called as ``f(gold, answer, meta)`` and returning a bool or a score from 0 to 1. All but
+the first run in the worker processes of ``GraderPool`` only: they may hang, crash or eat memory.
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from liubai.errors import UserError, nearest
-from liubai.grade.extract import END_THINK, THINK, extract
+from liubai.grade.extract import END_THINK, THINK, extract, extract_code
 from liubai.grade.format import check_format
 from liubai.grade.verifiers import VERIFIERS
 
 Checker = Callable[[str, str, Mapping[str, Any]], object]
+
+#: Verifiers whose answer is a program, in a fence and not in answer tags.
+PROGRAMS = frozenset({"code"})
+
+#: Ours that are not bounded by construction: name -> where it lives. Imported by workers alone.
+CAGED: dict[str, str] = {}
 
 #: Seconds for a grader process to start and, again, to import user code: sympy on a busy machine.
 LOAD_S = 30.0
@@ -70,7 +76,7 @@ def grade(item: GradeItem) -> Verdict:
     verifier = VERIFIERS.get(item.verifier)
     if verifier is None:
         check_verifier(item.verifier)
-        raise ValueError(f"'{item.verifier}' is user code: grade it in a GraderPool")
+        raise ValueError(f"'{item.verifier}' is not bounded: grade it in a GraderPool")
     return judge(item, verifier)
 
 
@@ -79,11 +85,16 @@ def is_bounded(verifier: str) -> bool:
     return verifier in VERIFIERS
 
 
+def is_ours(verifier: str) -> bool:
+    """Does it come with Liubai? What does not is code that the user has to name."""
+    return verifier in VERIFIERS or verifier in CAGED
+
+
 def judge(item: GradeItem, checker: Checker) -> Verdict:
     """Extract, check the format, call ``checker``; whatever it raises becomes an error verdict."""
     prefilled = item.prefilled()
     formatted = float(check_format(item.response, prefilled))
-    answer = extract(item.response, prefilled).answer
+    answer = answer_of(item, prefilled)
     if answer is None:
         return Verdict(False, None, {"correct": 0.0, "format": formatted})
     try:
@@ -93,11 +104,18 @@ def judge(item: GradeItem, checker: Checker) -> Verdict:
     return Verdict(score >= 1.0, answer, {"correct": score, "format": formatted})
 
 
+def answer_of(item: GradeItem, prefilled: str) -> str | None:
+    """What is judged: the answer, or for a verifier of programs the last fenced block."""
+    if item.verifier in PROGRAMS:
+        return extract_code(item.response, prefilled).answer
+    return extract(item.response, prefilled).answer
+
+
 def error_verdict(item: GradeItem, error: str) -> Verdict:
     """The verdict on an item that could not be judged; its answer and format are still known."""
     prefilled = item.prefilled()
     formatted = float(check_format(item.response, prefilled))
-    answer = extract(item.response, prefilled).answer
+    answer = answer_of(item, prefilled)
     return Verdict(False, answer, {"correct": 0.0, "format": formatted}, error)
 
 
@@ -123,11 +141,11 @@ def check_verifier(name: str) -> None:
 
     User code is not imported here, only looked for.
     """
-    if name in VERIFIERS:
+    if is_ours(name):
         return
     place, colon, function = name.rpartition(":")
     if not colon:
-        hint = nearest(name, VERIFIERS)
+        hint = nearest(name, [*VERIFIERS, *CAGED])
         raise UserError(f"there is no verifier '{name[:80]}'; {hint} Your own is written checker.py:function")
     if not _FUNCTION.fullmatch(function):
         raise UserError(f"'{function[:80]}' is not the name of a function; write checker.py:function")
@@ -146,7 +164,7 @@ def load_checker(name: str) -> Checker:
     if name in VERIFIERS:
         return VERIFIERS[name]
     check_verifier(name)
-    place, _, function = name.rpartition(":")
+    place, _, function = CAGED.get(name, name).rpartition(":")
     if place.endswith(".py"):
         sys.path.insert(0, str(Path(place).resolve().parent))  # its neighbours, as if it were run
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
