@@ -32,10 +32,10 @@ def step(job: Job) -> Result:
     defaults = rl.Config(steps=1)
     slots = job.knob.get("slots", defaults.slots)
     optimizer = Optimizer(model, lr=1e-6, max_norm=1.0)
-    engine = TorchEngine(sampler, eos_ids=[tokenizer.eos_id], slots=slots, max_length=job.cap + 512)
+    engine = TorchEngine(sampler, eos_ids=tokenizer.eos_ids, slots=slots, max_length=job.cap + 512)
     settings = UpdateConfig(
         loss=LossConfig(aggregation="token-mean"),
-        normalize_std=True,
+        advantage="grpo",
         minibatches=1,
         max_tokens=job.cap,
         temperature=1.0,
@@ -52,7 +52,6 @@ def step(job: Job) -> Result:
             template,
             world.problem,
             pool,
-            groups=job.prompts,
             samples=job.samples,
             max_tokens=job.cap,
             temperature=1.0,
@@ -63,7 +62,7 @@ def step(job: Job) -> Result:
         for number in range(job.warmup + job.steps):
             started = time.perf_counter()
             engine.load(model.state_dict(), version=number)
-            graded = rollouts.collect()
+            graded = rollouts.collect(job.prompts)
             written = time.perf_counter()
             groups = [_rewarded(g, job.cap) for g in graded]
             learned = update(model, optimizer, groups, settings, version=number, pad_id=tokenizer.pad_id)
@@ -106,7 +105,7 @@ def write(job: Job) -> Result:
     prompts = world.prompt_ids(template, job.prompts)
     engine = TorchEngine(
         model,
-        eos_ids=[tokenizer.eos_id],
+        eos_ids=tokenizer.eos_ids,
         slots=job.knob.get("slots", 256),
         max_length=len(prompts[0]) + job.cap + 8,
     )

@@ -64,7 +64,7 @@ def assert_same(got: Sequence[Sample], wanted: Sequence[Sample], tolerance: floa
 def trained_logprobs(model: Transformer, samples: Sequence[Sample], temperature: float) -> list[Tensor]:
     """By the code of the update: prompts of 32 tokens and more read once, its own temperature."""
     config = UpdateConfig(
-        loss=LossConfig(aggregation="token-mean"), normalize_std=True, minibatches=1, max_tokens=512,
+        loss=LossConfig(aggregation="token-mean"), advantage="grpo", minibatches=1, max_tokens=512,
         temperature=temperature, tokens_per_microbatch=1024,
     )  # fmt: skip
     found: dict[float, Tensor] = {}
@@ -280,7 +280,7 @@ def test_samples_follow_the_distribution(temperature: float) -> None:
     n, inf = 40_000, float("inf")
     logits = torch.tensor([-inf, 1.0, 0.0, -inf, -1.5, 2.0, 0.3, -3.0, -inf])
     u = uniform(torch.arange(n) * 7919 + 1, torch.arange(n) % 50)
-    ids, logprobs = sample(logits.expand(n, -1), u, torch.full((n,), temperature))
+    ids, logprobs = sample(logits.expand(n, -1).contiguous(), u, torch.full((n,), temperature))
     wanted = torch.softmax(logits.double() / temperature, -1)
     counts = torch.bincount(ids, minlength=9)
     possible = wanted > 0

@@ -67,7 +67,7 @@ def test_row_i_belongs_to_problem_i() -> None:
     tokenizer = word_level(world_vocabulary())
     config: ModelConfig = tiny_config(vocab_size=tokenizer.vocab_size)
     model = tiny_model(1, config)
-    engine = TorchEngine(model, eos_ids=[tokenizer.eos_id], slots=5, max_length=64)
+    engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=5, max_length=64)
     engine.load(model.state_dict(), version=0)
     template = Template(tokenizer, BARE)
     problems = distinct_problems(family("countdown"), "eval", 0, 4)

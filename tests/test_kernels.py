@@ -14,6 +14,7 @@ import torch
 from conftest import tiny_config, tiny_model
 from torch import Tensor
 
+from liubai.errors import Diverged
 from liubai.learn.logprobs import token_logprobs
 from liubai.model import kernels
 from liubai.model.attention import SHORT, attention
@@ -31,16 +32,30 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-@pytest.fixture(params=[pytest.param("compiled", marks=needs_kernels), "torch"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Both ways; the compiled one must have been gone."""
-    called: list[str] = []
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that were called."""
+    names: list[str] = []
     real = kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda name, *a: (called.append(name), real(name, *a))[1])
-    if request.param == "torch":
+    monkeypatch.setattr(kernels, "_call", lambda name, *a: (names.append(name), real(name, *a))[1])
+    return names
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(1, marks=needs_kernels, id="compiled"),
+        pytest.param(3, marks=needs_kernels, id="compiled, three threads"),
+        pytest.param(0, id="torch"),
+    ]
+)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Both ways; 0 threads are PyTorch's code."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param or 1)
+    if not request.param:
         monkeypatch.setattr(kernels, "library", lambda: ABSENT)
-    yield
-    assert bool(called) == (request.param == "compiled")
+    yield request.param
+    torch.set_num_threads(before)
 
 
 def close(got: Tensor, wanted: Tensor, factor: float = 1.0) -> None:
@@ -51,7 +66,8 @@ def close(got: Tensor, wanted: Tensor, factor: float = 1.0) -> None:
 def same_gradients(
     f: Callable[..., Tensor], obvious: Callable[..., Tensor], inputs: list[Tensor], factor: float = 1.0
 ) -> None:
-    """Values with and without gradients, and gradients, against ``obvious`` in float64."""
+    """Values with and without gradients, and gradients twice, against ``obvious`` in float64; from a plain
+    cotangent, one of stride 0, and a transposed one."""
     narrow = [t.clone().requires_grad_() for t in inputs]
     wide = [t.double().requires_grad_() for t in inputs]
     got, wanted = f(*narrow), obvious(*wide)
@@ -59,32 +75,42 @@ def same_gradients(
     with torch.no_grad():
         close(f(*narrow), wanted, factor)
     weights = randn(*got.shape, seed=99)
-    mine = torch.autograd.grad(got, narrow, weights)
-    theirs = torch.autograd.grad(wanted, wide, weights.double())
-    for g, w in zip(mine, theirs, strict=True):
-        close(g, w, factor * 5)
+    turned = weights.transpose(0, -1).contiguous().transpose(0, -1)
+    for cotangent in (weights, torch.ones(()).expand(got.shape), turned, weights):
+        mine = torch.autograd.grad(got, narrow, cotangent, retain_graph=True)
+        theirs = torch.autograd.grad(wanted, wide, cotangent.double(), retain_graph=True)
+        for g, w in zip(mine, theirs, strict=True):
+            close(g, w, factor * 5)
+    frozen = [t.clone().requires_grad_(i == 0) for i, t in enumerate(inputs)]
+    (alone,) = torch.autograd.grad(f(*frozen), frozen[0], weights)
+    close(alone, torch.autograd.grad(wanted, wide[0], weights.double())[0], factor * 5)
 
 
 # ---- elementwise ----
 
-SIZES = [(1, 8), (3, 7), (2, 5, 33), (300, 40)]  #: the last is shared among threads
+SIZES = [(1, 8), (3, 7), (2, 5, 33), (300, 40)]  #: the last is worth sharing among threads
 
 
-@pytest.mark.usefixtures("way")
+def went(way: int, called: list[str], *names: str) -> None:
+    """Forward and backward, by these kernels and no other; or by none."""
+    assert set(called) == (set(names) if way else set())
+
+
 @pytest.mark.parametrize("shape", SIZES)
-def test_rms_norm(shape: tuple[int, ...]) -> None:
+def test_rms_norm(shape: tuple[int, ...], way: int, called: list[str]) -> None:
     def obvious(x: Tensor, weight: Tensor) -> Tensor:
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
     inputs = [randn(*shape), randn(shape[-1], seed=1)]
     same_gradients(lambda x, w: rms_norm(x, w, 1e-5), obvious, inputs)
+    went(way, called, "rms_norm", "rms_norm_backward")
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("shape", SIZES)
-def test_swiglu(shape: tuple[int, ...]) -> None:
+def test_swiglu(shape: tuple[int, ...], way: int, called: list[str]) -> None:
     inputs = [3 * randn(*shape), randn(*shape, seed=1)]
     same_gradients(swiglu, lambda gate, up: gate / (1 + torch.exp(-gate)) * up, inputs)
+    went(way, called, "swiglu", "swiglu_backward")
 
 
 @pytest.mark.usefixtures("way")
@@ -97,10 +123,9 @@ def test_swiglu_at_the_ends_of_float() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-35, equal_nan=True)
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("lead", [(5,), (2, 5), (40, 30)])
 @pytest.mark.parametrize("strided", [False, True])
-def test_rotate(lead: tuple[int, ...], strided: bool) -> None:
+def test_rotate(lead: tuple[int, ...], strided: bool, way: int, called: list[str]) -> None:
     cos, sin = (t[torch.arange(64) % 7][: lead[-1]].expand(*lead, 1, 16) for t in rope_table(64, 16, 100.0))
     cos, sin = cos.contiguous(), sin.contiguous()
     x = randn(*lead, 3, 16)
@@ -113,6 +138,29 @@ def test_rotate(lead: tuple[int, ...], strided: bool) -> None:
         return torch.cat([a * c - b * s, a * s + b * c], -1)
 
     same_gradients(lambda x: rotate(x, cos, sin), obvious, [x])
+    went(way, called, "rotate")
+
+
+@pytest.mark.usefixtures("way")
+def test_rotate_by_angles_that_rows_share() -> None:
+    """A kernel that took one angle a row would read past the table."""
+    cos, sin = (t[:5] for t in rope_table(64, 16, 100.0))
+    x = randn(2, 5, 3, 16)
+    whole = rotate(x, cos, sin)
+    for row in range(2):
+        close(whole[row], rotate(x[row], cos, sin))
+
+
+@needs_kernels
+def test_other_defaults_than_float32_change_nothing() -> None:
+    cos, sin = rope_table(5, 16, 100.0)
+    x = randn(5, 3, 16)
+    wanted = rotate(x, cos, sin)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(rotate(x, cos, sin), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # ---- attention ----
@@ -138,23 +186,23 @@ ROWS = [
     (8, 24, 6, 2, 20),
     (33, 1, 3, 3, 16),
     (40, 30, 2, 1, 40),
+    (70, 0, 4, 2, 16),
 ]
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("T", "lead", "H", "K", "E"), ROWS)
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-def test_attention_equals_a_loop(T: int, lead: int, H: int, K: int, E: int, scale: float) -> None:
+def test_attention_equals_a_loop(
+    T: int, lead: int, H: int, K: int, E: int, scale: float, way: int, called: list[str]
+) -> None:
     S = lead + T
     inputs = [scale * randn(2, T, H, E), randn(2, S, K, E, seed=1), randn(2, S, K, E, seed=2)]
     same_gradients(attention, one_by_one, inputs, factor=scale)
+    went(way, called, "attention", "attention_backward")
 
 
 @needs_kernels
-def test_long_rows_go_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[str] = []
-    real = kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda name, *a: (called.append(name), real(name, *a))[1])
+def test_long_rows_go_to_pytorch(called: list[str]) -> None:
     for S, wanted in ((SHORT, ["attention"]), (SHORT + 1, [])):
         called.clear()
         with torch.no_grad():
@@ -166,10 +214,11 @@ def test_long_rows_go_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- log-probabilities, sampling ----
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 3), (7, 33), (40, 423)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_logprobs(tokens: int, vocabulary: int, temperature: float) -> None:
+def test_token_logprobs(
+    tokens: int, vocabulary: int, temperature: float, way: int, called: list[str]
+) -> None:
     targets = torch.arange(tokens) * 5 % vocabulary
 
     def obvious(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -180,6 +229,7 @@ def test_token_logprobs(tokens: int, vocabulary: int, temperature: float) -> Non
     entropy = token_logprobs(inputs[0], inputs[1], targets, temperature)[1]
     full = (inputs[0].double() @ inputs[1].double().T / temperature).log_softmax(-1)
     close(entropy, -(full.exp() * full).sum(-1), factor=3)
+    went(way, called, "token_logprobs", "token_logprobs_backward")
 
 
 @pytest.mark.usefixtures("way")
@@ -213,6 +263,63 @@ def test_a_token_of_probability_0_is_never_sampled() -> None:
     assert sample(logits, u, torch.ones(3))[0].tolist() == [1, 2, 3]
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_have_no_next_token(temperature: float, broken: float) -> None:
+    logits = randn(3, 5)
+    logits[1, 2] = broken
+    with pytest.raises(Diverged, match="not numbers"):
+        sample(logits, torch.full((3,), 0.5, dtype=torch.float64), torch.full((3,), temperature))
+
+
+@needs_kernels
+@pytest.mark.parametrize("target", [-100, 5])
+def test_a_target_outside_the_vocabulary_is_refused(target: int) -> None:
+    with pytest.raises(kernels.BadValue):
+        token_logprobs(randn(2, 3), randn(5, 3), torch.tensor([0, target]))
+
+
+def misfits() -> dict[str, Callable[[], object]]:
+    """Each would have C read or write past an end."""
+    x, long = torch.ones(4, 8), torch.zeros(4, dtype=torch.long)
+    q, k = torch.ones(2, 3, 4, 8), torch.ones(1, 3, 2, 8)
+    cache, half = torch.ones(2, 2, 5, 8), torch.ones(4, dtype=torch.float64)
+    row = torch.ones(2, 4, 8)
+    return {
+        "norm": lambda: kernels.rms_norm(x, torch.ones(7), 1e-5),
+        "gate": lambda: kernels.swiglu(x, x[:2]),
+        "batch": lambda: kernels.attention(q, k, k),
+        "heads": lambda: kernels.attention(q, torch.ones(2, 3, 3, 8), torch.ones(2, 3, 3, 8)),
+        "fewer keys": lambda: kernels.attention(q, torch.ones(2, 2, 2, 8), torch.ones(2, 2, 2, 8)),
+        "draws": lambda: kernels.sample(x, half[:3], torch.ones(4)),
+        "narrow draws": lambda: kernels.sample(x, torch.ones(4), torch.ones(4)),
+        "strided draws": lambda: kernels.sample(x, half.repeat(2)[::2], torch.ones(4)),
+        "narrow targets": lambda: kernels.token_logprobs(x, long.int(), 1.0),
+        "few targets": lambda: kernels.token_logprobs(x, long[:3], 1.0),
+        "few gradients": lambda: kernels.token_logprobs_backward(half[:3].float(), x, long, 1.0),
+        "cache": lambda: kernels.decode_attention(
+            row, row[:, :2], row[:, :2], long[:2], cache, cache[:1], row
+        ),
+        "places": lambda: kernels.decode_attention(row, row[:, :2], row[:, :2], long[:1], cache, cache, row),
+    }
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", misfits())
+def test_tensors_that_do_not_fit_never_reach_c(case: str) -> None:
+    with pytest.raises(ValueError, match="do not go together"):
+        misfits()[case]()
+
+
+@needs_kernels
+@pytest.mark.parametrize("place", [-1, 5])
+def test_a_place_outside_the_cache_is_refused(place: int) -> None:
+    row, cache = torch.ones(1, 2, 8), torch.ones(1, 2, 5, 8)
+    with pytest.raises(kernels.BadValue):
+        kernels.decode_attention(row, row, row, torch.tensor([place]), cache, cache, row.clone())
+
+
 # ---- decoding ----
 
 
@@ -227,10 +334,17 @@ def written(head: int) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("head", [8, 32, 64, 128])
-def test_an_engine_writes_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch, head: int) -> None:
-    """Ragged answers through three bands; 64 and 128 are sizes that the kernel knows."""
+@pytest.mark.parametrize("head", [8, 32, 64, 128, 256, 258])
+def test_an_engine_writes_the_same_with_and_without(
+    monkeypatch: pytest.MonkeyPatch, head: int, called: list[str]
+) -> None:
+    """Ragged answers through two bands; 32, 64 and 128 are sizes that the kernel knows, 258 is too large."""
     compiled = written(head)
+    assert ("decode_attention" in called) == (head <= kernels.LARGEST_HEAD)
+    assert "sample" in called
+    torch.set_num_threads(3)
+    assert [ids for ids, _ in written(head)] == [ids for ids, _ in compiled]
+    torch.set_num_threads(1)
     monkeypatch.setattr(kernels, "library", lambda: ABSENT)
     plain = written(head)
     assert [ids for ids, _ in compiled] == [ids for ids, _ in plain]
@@ -241,41 +355,65 @@ def test_an_engine_writes_the_same_with_and_without(monkeypatch: pytest.MonkeyPa
 
 @needs_kernels
 def test_results_do_not_depend_on_neighbours_or_threads() -> None:
-    x, gate, logits, q, k = (
+    x, gate, logits, weight = (
         randn(300, 64),
         randn(300, 64, seed=1),
         randn(300, 64, seed=2),
-        randn(40, 20, 4, 16, seed=3),
-        randn(40, 20, 2, 16, seed=4),
+        randn(64, seed=5),
     )
+    q, k = randn(300, 20, 4, 16, seed=3), randn(300, 20, 2, 16, seed=4)
     u = torch.rand(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    cos, sin = (t[torch.arange(300) % 50] for t in rope_table(50, 16, 100.0))
+    targets = torch.arange(300) % 64
 
-    def everything(a: int, b: int) -> list[Tensor]:
-        rows = slice(a, b)
-        one = torch.ones(b - a)
+    def everything(n: int) -> list[Tensor]:
+        """The first n rows alone."""
+        out, scale = kernels.rms_norm(x[:n], weight, 1e-5)
+        attended, lse = kernels.attention(q[:n], k[:n], k[:n])
+        probs = logits[:n].clone()
+        cache = k[:n].transpose(1, 2).contiguous()
+        decoded = torch.empty(n, 4, 16)
+        kernels.decode_attention(q[:n, 0].contiguous(), k[:n, 0].contiguous(), k[:n, 1].contiguous(),
+                                 torch.arange(300)[:n] % 20, cache, cache.clone(), decoded)  # fmt: skip
         return [
-            rms_norm(x[rows], gate[0], 1e-5),
-            swiglu(gate[rows], x[rows]),
-            *sample(logits[rows], u[rows], one),
-            *(
-                t[:2]
-                for t in kernels.attention(
-                    q[a // 10 : b // 10 + 1], k[a // 10 : b // 10 + 1], k[a // 10 : b // 10 + 1]
-                )
-            ),
+            out,
+            kernels.rms_norm_backward(gate[:n], x[:n], scale, weight)[0],
+            kernels.swiglu(gate[:n], x[:n]),
+            *kernels.swiglu_backward(x[:n], gate[:n], x[:n]),
+            kernels.rotate(q[:n, 0], cos[:n], sin[:n], 1),
+            attended,
+            *kernels.attention_backward(q[:n], q[:n], k[:n], k[:n], attended, lse),
+            decoded,
+            *kernels.token_logprobs(probs, targets[:n], 0.7),
+            kernels.token_logprobs_backward(x[:n, 0].contiguous(), probs, targets[:n], 0.7),
+            *kernels.sample(logits[:n], u[:n], torch.ones(n)),
         ]
 
     before = torch.get_num_threads()
-    with torch.no_grad():
-        whole = everything(0, 300)
+    try:
+        torch.set_num_threads(4)
+        whole = everything(300)
         torch.set_num_threads(1)
-        alone = everything(0, 300)
+        alone, part = everything(300), everything(7)
+    finally:
         torch.set_num_threads(before)
-        part = everything(0, 7)
-    for w, a in zip(whole, alone, strict=True):
+    for w, a, p in zip(whole, alone, part, strict=True):
         assert torch.equal(w, a)
-    for w, p in zip(whole[:4], part[:4], strict=True):
         assert torch.equal(w[:7], p)
+
+
+@needs_kernels
+def test_a_gradient_summed_by_threads_repeats() -> None:
+    x, grad, weight = randn(999, 64), randn(999, 64, seed=1), randn(64, seed=2)
+    scale = kernels.rms_norm(x, weight, 1e-5)[1]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        sums = [kernels.rms_norm_backward(grad, x, scale, weight)[1] for _ in range(20)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(s, sums[0]) for s in sums)
+    close(sums[0], (grad.double() * x.double() * scale.double()).sum(0))
 
 
 # ---- where it cannot be built ----
@@ -303,6 +441,11 @@ def fresh_process(tmp_path: Path, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def test_where_there_is_gcc_the_kernels_compile() -> None:
+    """A mistake in kernels.c would otherwise only make everything slower, and skip its tests."""
+    assert "failed" not in kernels.status()
+
+
 @needs_kernels
 def test_it_is_built_once_and_shares_pytorchs_threads(tmp_path: Path) -> None:
     assert fresh_process(tmp_path) == ["True", "compiled", "1"]
@@ -310,6 +453,10 @@ def test_it_is_built_once_and_shares_pytorchs_threads(tmp_path: Path) -> None:
     stamp = built.stat().st_mtime_ns
     assert fresh_process(tmp_path)[1] == "compiled"
     assert built.stat().st_mtime_ns == stamp
+    built.write_bytes(b"")  # a power cut
+    assert fresh_process(tmp_path) == ["True", "compiled", "1"]
+    built.parent.chmod(0o777)
+    assert "not ours alone" in fresh_process(tmp_path)[1]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="elsewhere another reason comes first")

@@ -12,16 +12,21 @@ import pytest
 import torch
 from conftest import scramble, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
 import liubai
+import liubai.model.checkpoint
 from liubai.errors import UserError
-from liubai.model.checkpoint import load, save_checkpoint
-from liubai.model.config import ModelConfig
+from liubai.model.checkpoint import INDEX, load, save_checkpoint
+from liubai.model.config import Llama3Rope, ModelConfig
 from liubai.model.functions import rms_norm, rotate, swiglu
 from liubai.model.transformer import Transformer, build, rope_table
+from liubai.rollout.engine import Request, generate
+from liubai.rollout.torch_engine import TorchEngine
 from liubai.text.template import BARE, THINK_ANSWER, Template
 from liubai.text.tokenizer import TextTokenizer
+from liubai.types import Stop
 
 QUESTIONS = ("3 4 5 ->35", "9 9 1 ->80", "等等 7 ->7")
 
@@ -148,6 +153,14 @@ def test_build_depends_on_the_seed_alone() -> None:
 SHAPES = {
     "llama-tied": tiny_config(tie_word_embeddings=True),
     "llama-free": tiny_config(tie_word_embeddings=False, rope_theta=500.0, rms_norm_eps=1e-3),
+    "llama3": tiny_config(
+        tie_word_embeddings=True,
+        rope_theta=5e5,
+        rope_scaling=Llama3Rope(
+            factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+        ),
+        eos_token_id=(1, 2),
+    ),
     "qwen2-tied": tiny_config("Qwen2ForCausalLM", tie_word_embeddings=True, num_key_value_heads=1),
     "qwen2-free": tiny_config("Qwen2ForCausalLM", tie_word_embeddings=False, rope_theta=1e6),
     "qwen3-tied": tiny_config("Qwen3ForCausalLM", tie_word_embeddings=True, num_key_value_heads=4),
@@ -159,7 +172,9 @@ def fit(config: ModelConfig, tokenizer: TextTokenizer) -> ModelConfig:
     """The same shape for the words of ``tokenizer``."""
     fields = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__}
     fields |= {"vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad_id}
-    return ModelConfig(**{**fields, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
+    several = isinstance(config.eos_token_id, tuple)
+    eos = (tokenizer.eos_id, tokenizer.bos_id) if several else tokenizer.eos_id
+    return ModelConfig(**{**fields, "bos_token_id": tokenizer.bos_id, "eos_token_id": eos})
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -173,7 +188,8 @@ def test_checkpoint_opens_in_transformers(shape: str, world: TextTokenizer, tmp_
     assert type(theirs).__name__ == model.config.architecture
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert theirs.generation_config.eos_token_id == world.eos_id
+    eos = theirs.generation_config.eos_token_id
+    assert eos == ([world.eos_id, world.bos_id] if shape == "llama3" else world.eos_id)
     ids = torch.randint(0, world.vocab_size, (2, 50), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours = model(ids)
@@ -188,11 +204,11 @@ def test_checkpoint_of_transformers_opens_here(shape: str, world: TextTokenizer,
     config = transformers.AutoConfig.for_model(
         wanted.to_hf()["model_type"],
         **{
-            name: getattr(wanted, name)
+            name: wanted.to_hf()[name]
             for name in ModelConfig.__dataclass_fields__
-            if name not in ("architecture", "rope_theta")
+            if name not in ("architecture", "rope_theta", "rope_scaling", "dtype")
         },
-        rope_parameters={"rope_type": "default", "rope_theta": wanted.rope_theta},
+        rope_parameters=wanted.to_hf()["rope_parameters"],
     )
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     scramble(theirs, 6, scale=2.0)
@@ -282,6 +298,34 @@ def truncate(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data[: len(data) - 5])
 
 
+def sharded(folder: Path) -> None:
+    """The same weights in shards, as large checkpoints have them."""
+    model, tokenizer = load(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(liubai.model.checkpoint, "SHARD", 9000)
+        save_checkpoint(folder, model, tokenizer, BARE)
+
+
+def add_token(folder: Path) -> None:
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens(["one-too-many"])
+    backend.save(str(folder / "tokenizer.json"))
+
+
+def lose_shard(folder: Path) -> None:
+    sharded(folder)
+    next(folder.glob("model-00002-of-*")).unlink()
+
+
+def shard_elsewhere(folder: Path) -> None:
+    """An index may not point out of its folder."""
+    (folder.parent / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    sharded(folder)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "../other.safetensors")
+    (folder / INDEX).write_text(json.dumps(index))
+
+
 NORM = "model.layers.1.input_layernorm.weight"
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json"),
@@ -296,10 +340,34 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: change_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
         "rope scaling 'yarn'",
     ),
+    "half a rope": (
+        lambda f: change_config(f, rope_parameters={"rope_type": "llama3", "factor": 8.0}),
+        "rope scaling llama3 needs low_freq_factor",
+    ),
+    "its own code": (
+        lambda f: change_config(f, auto_map={"AutoModel": "x.Y"}),
+        "brings model code of its own.*supported: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+    ),
+    "quantized": (lambda f: change_config(f, quantization_config={"bits": 4}), "quantization_config"),
+    "dtype": (lambda f: change_config(f, dtype="float8"), "dtype 'float8'"),
+    "larger tokenizer": (lambda f: add_token(f), "has token id 423, config.json only 423 tokens"),
+    "pickled": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "a pickle, which may run code",
+    ),
+    "lost shard": (lambda f: lose_shard(f), "lacks its shard model-00002-of"),
+    "shard elsewhere": (lambda f: shard_elsewhere(f), "lacks its shard"),
+    "index without a map": (
+        lambda f: ((f / "model.safetensors").unlink(), (f / INDEX).write_text("{}")),
+        "no weight_map",
+    ),
     "activation": (lambda f: change_config(f, hidden_act="gelu"), "gelu"),
     "window": (lambda f: change_config(f, use_sliding_window=True), "use_sliding_window"),
     "uneven heads": (lambda f: change_config(f, num_key_value_heads=3), "num_key_value_heads"),
-    "no eos": (lambda f: change_config(f, eos_token_id=...), "eos_token_id"),
+    "no eos": (
+        lambda f: ((f / "generation_config.json").unlink(), change_config(f, eos_token_id=...)),
+        "names no eos_token_id",
+    ),
     "foreign eos": (lambda f: change_config(f, eos_token_id=10**6), "eos_token_id 1000000"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no model\.safetensors"),
     "corrupt": (flip, r"model\.safetensors' is corrupt"),
@@ -329,6 +397,96 @@ def test_a_bad_checkpoint_is_named(case: str, checkpoint: Path) -> None:
     spoil(checkpoint)
     with pytest.raises(UserError, match=message):
         load(checkpoint)
+
+
+def test_shards_open_here_and_in_transformers(checkpoint: Path) -> None:
+    model, _ = load(checkpoint)
+    sharded(checkpoint)
+    names = sorted(p.name for p in checkpoint.glob("*.safetensors"))
+    assert len(names) > 2
+    assert names[0] == f"model-00001-of-{len(names):05}.safetensors"
+    for name, tensor in load(checkpoint)[0].state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+    theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(checkpoint)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_stays_bfloat16_on_the_disk(world: TextTokenizer, tmp_path: Path) -> None:
+    config = fit(tiny_config("Qwen3ForCausalLM", dtype="bfloat16"), world)
+    save_checkpoint(tmp_path / "c", tiny_model(0, config), world, BARE)
+    assert {t.dtype for t in load_file(tmp_path / "c" / "model.safetensors").values()} == {torch.bfloat16}
+    assert {p.dtype for p in load(tmp_path / "c")[0].parameters()} == {torch.float32}
+    model, tokenizer = load(tmp_path / "c", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    save_checkpoint(tmp_path / "again", model, tokenizer, BARE)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
+    theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        ours, other = model(ids).float(), theirs(ids).logits.float()
+    # eight bits of mantissa: sums in another order differ by more than single logits can bear
+    assert (ours - other).abs().mean() < 0.02 * other.std()
+
+
+def test_the_weights_are_not_those_of_the_file(checkpoint: Path) -> None:
+    """A checkpoint may be replaced while its model lives."""
+    model, _ = load(checkpoint)
+    before = model.head_weight.detach().clone()
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert torch.equal(model.head_weight, before)
+
+
+def test_every_end_token_ends_an_answer(checkpoint: Path) -> None:
+    """Qwen and Llama 3 have several, and only generation_config.json names them all."""
+    _, plain = load(checkpoint)
+    other = plain.encode("3")[0]
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [other, plain.eos_id]}))
+    model, tokenizer = load(checkpoint)
+    assert tokenizer.eos == plain.eos  # config.json's own is the one that is written
+    assert tokenizer.eos_ids == (plain.eos_id, other)
+    engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=64, max_length=200)
+    engine.load(model.state_dict(), version=0)
+    requests = [Request(id=i, prompt_ids=(5,), max_tokens=150, seed=i) for i in range(64)]
+    last = {s.completion_ids[-1] for s in generate(engine, requests) if s.stop is Stop.EOS}
+    assert last == set(tokenizer.eos_ids)
+
+
+def test_the_tokenizer_that_came_with_a_model_goes_with_it(checkpoint: Path, tmp_path: Path) -> None:
+    """Qwen names a bos_token_id in config.json and never writes it: tokenizer_config.json decides."""
+    path = checkpoint / "tokenizer_config.json"
+    about = {"bos_token": None, "tokenizer_class": "Qwen2Tokenizer", "chat_template": "x", "own": [1]}
+    path.write_text(json.dumps(about))
+    model, tokenizer = load(checkpoint)
+    assert tokenizer.bos is None
+    save_checkpoint(tmp_path / "again", model, tokenizer, BARE)
+    again = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    assert again == {"bos_token": None, "tokenizer_class": "Qwen2Tokenizer", "own": [1]}
+    path.write_text(json.dumps({"bos_token": {"__type": "AddedToken", "content": tokenizer.eos}}))
+    assert load(checkpoint)[1].bos == tokenizer.eos
+
+
+def test_a_hub_id_without_a_network_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint folder 'runs/zero', and the hub gave no model"):
+        load("runs/zero")
+
+
+def test_a_hub_id_is_fetched(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[tuple[str, list[str]]] = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert load("Qwen/Qwen3-0.6B")[1].eos == load(checkpoint)[1].eos
+    assert asked == [("Qwen/Qwen3-0.6B", ["*.json", "*.safetensors", "*.jinja"])]
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -496,7 +496,7 @@ def test_killed_at_random_moments_the_result_is_the_same(recipe: Path, tmp_path:
     """test_resume_is_bit_exact, without a model: SIGKILL a dozen times, then let it finish."""
     recipe = written(tmp_path, TWO.replace('kind = "toy"', 'kind = "toy"\npause = 0.01'))
     go(recipe, tmp_path / "fresh")
-    rng, outs, kills = random.Random(0), [tmp_path / "out-0"], 0
+    rng, outs, kills, at_work = random.Random(0), [tmp_path / "out-0"], 0, 0
     while kills < 12:
         process = start(recipe, outs[-1])
         time.sleep(rng.uniform(0.0, 0.1))
@@ -504,9 +504,11 @@ def test_killed_at_random_moments_the_result_is_the_same(recipe: Path, tmp_path:
         _, errors = process.communicate()
         if process.returncode == -signal.SIGKILL:
             kills += 1
+            at_work += (outs[-1] / "1-base" / "metrics.jsonl").exists()
         else:  # it was quicker than the kill: the next ones need another run to interrupt
             assert (process.returncode, errors) == (0, "")
             outs.append(tmp_path / f"out-{len(outs)}")
+    assert at_work >= 6  # the others had not begun
     for out in outs:
         go(recipe, out)
         assert contents(out) == contents(tmp_path / "fresh")

@@ -17,6 +17,7 @@ from liubai.errors import Diverged
 from liubai.grade import RewardWeights
 from liubai.learn.update import update
 from liubai.model.checkpoint import load
+from liubai.model.lora import load_adapter, merged
 from liubai.rollout.engine import Request
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.stages.context import Context
@@ -85,6 +86,20 @@ def test_same_seed_same_metrics(inflight: bool, base: Path, tmp_path: Path) -> N
     assert metrics_of(run(config, tmp_path / "other", base, seed=1)) != rows
 
 
+def test_lora_leaves_an_adapter_and_a_merged_checkpoint(base: Path, tmp_path: Path) -> None:
+    folder = run(config_of(steps=2, lora={"rank": 3, "targets": ["q_proj", "up_proj"]}), tmp_path / "a", base)
+    began, ended = load(base / "checkpoint")[0], load(folder / "checkpoint")[0]
+    changed = {
+        name
+        for (name, p), q in zip(began.named_parameters(), ended.parameters(), strict=True)
+        if not torch.equal(p, q)
+    }
+    assert {name.rsplit(".", 2)[-2] for name in changed} == {"q_proj", "up_proj"}
+    assert load_adapter(folder / "adapter", began).rank == 3
+    for name, tensor in merged(began).items():
+        assert torch.equal(tensor, ended.state_dict()[name])
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"tokens_per_microbatch": 64},
     "inflight": {"inflight": True},
@@ -95,7 +110,13 @@ WAYS: dict[str, dict[str, Any]] = {
         "decay": 0.5,
         "shuffle_rewards": True,
         "reference_every": 3,
-        "loss": {"aggregation": "sequence-mean", "kl": 0.05, "importance_cap": 2.0},
+        "loss": {"aggregation": "sequence-mean", "kl": 0.05, "importance": "truncate"},
+    },
+    "menu": {
+        "preset": "reinforce++",
+        "refills": 2,
+        "lora": {"rank": 2},
+        "loss": {"entropy_bonus": 0.01, "top_entropy": 0.5},
     },
 }
 

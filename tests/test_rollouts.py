@@ -65,7 +65,6 @@ def rollouts_of(
         Template(tokenizer, BARE),
         lambda index: problem_at(family("countdown"), "train", 0, index),
         pool,
-        groups=3,
         samples=4,
         max_tokens=max_tokens,
         temperature=1.0,
@@ -87,7 +86,7 @@ def weights_at(base: Path, version: int) -> dict[str, Tensor]:
 
 def collect(rollouts: Rollouts, base: Path, version: int) -> list[GradedGroup]:
     rollouts.engine.load(weights_at(base, version), version)
-    return rollouts.collect()
+    return rollouts.collect(3)
 
 
 def test_plain_rollouts_are_complete_and_in_order(base: Path, pool: GraderPool) -> None:
@@ -99,7 +98,7 @@ def test_plain_rollouts_are_complete_and_in_order(base: Path, pool: GraderPool) 
         assert rollouts.engine.pending == 0
         model, tokenizer = load(base / "checkpoint")
         model.load_state_dict(weights_at(base, version))
-        alone = TorchEngine(copy.deepcopy(model), eos_ids=[tokenizer.eos_id], slots=1, max_length=256)
+        alone = TorchEngine(copy.deepcopy(model), eos_ids=tokenizer.eos_ids, slots=1, max_length=256)
         alone.load(model.state_dict(), version)
         for g in graded:
             problem = rollouts.problem_at(g.index)
@@ -226,7 +225,6 @@ def test_every_verdict_reaches_its_own_sample(
         Template(world, BARE),
         lambda index: Problem(f"{index}", str(index * 4 + index % 4), verifier),
         pool,
-        groups=3,
         samples=4,
         max_tokens=20,
         temperature=1.0,
@@ -234,7 +232,7 @@ def test_every_verdict_reaches_its_own_sample(
         weights=RewardWeights(),
     )
     for first in (0, 3):
-        graded = rollouts.collect()
+        graded = rollouts.collect(3)
         assert [g.index for g in graded] == [first, first + 1, first + 2]
         for g in graded:
             right = [j == g.index % 4 for j in range(4)]

@@ -35,7 +35,7 @@ PROBLEM = Problem("", "", "exact")
 def settings_of(aggregation: Any = "token-mean", **changes: Any) -> UpdateConfig:
     loss = LossConfig(aggregation=aggregation, **changes.pop("loss", {}))
     plain: dict[str, Any] = {
-        "normalize_std": True,
+        "advantage": "grpo",
         "minibatches": 1,
         "max_tokens": 40,
         "temperature": 1.0,
@@ -320,7 +320,7 @@ def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: f
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-@pytest.mark.parametrize("loss", [{}, {"kl": 0.2, "importance_cap": 1.5}])
+@pytest.mark.parametrize("loss", [{}, {"kl": 0.2, "importance": "truncate", "importance_cap": 1.5}])
 @pytest.mark.usefixtures("threads")
 def test_microbatch_split_gives_the_same_gradient(aggregation: str, loss: dict[str, float]) -> None:
     reference = tiny_model(2)
@@ -472,7 +472,7 @@ def test_canary_catches_weights_one_small_step_old() -> None:
 def test_the_ratio_is_to_the_policy_before_the_first_minibatch() -> None:
     """With an importance cap the old log-probabilities are computed here; clipping must still act."""
     groups = some_groups(count=4)
-    config = settings_of(minibatches=4, loss={"importance_cap": 2.0})
+    config = settings_of(minibatches=4, loss={"importance": "truncate"})
     model = tiny_model(1)
     metrics = update(model, Optimizer(model, lr=3e-2), groups, config, version=9, pad_id=EOS)
     assert metrics["updates"] == 4

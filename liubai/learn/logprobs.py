@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from liubai.learn.packing import Batch
 from liubai.model import kernels
@@ -28,7 +29,12 @@ CHUNK_LOGITS = 1 << 24
 class _TokenLogprobs(Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        temperature: float,
+        entropy_learns: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(targets_N.shape[0], dtype=torch.float32, device=hidden_ND.device)
         entropy = torch.empty_like(logprobs)
@@ -38,14 +44,16 @@ class _TokenLogprobs(Function):
             logprobs[rows], entropy[rows], probs = _read(logits, targets_N[rows], temperature)
         # one chunk is small enough to keep; of several, none is kept
         kept = probs if len(probs) == len(logprobs) else None
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, kept)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, kept, entropy)
+        ctx.temperature, ctx.entropy_learns = temperature, entropy_learns
+        if not entropy_learns:
+            ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden_ND, weight_VD, targets_N, kept = ctx.saved_tensors
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor, of_entropy_N: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden_ND, weight_VD, targets_N, kept, entropy_N = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_ND)
         grad_weight: Tensor | None = None
         for rows in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
@@ -53,13 +61,16 @@ class _TokenLogprobs(Function):
             if probs is None:
                 logits = product(hidden_ND[rows], weight_VD).float()
                 probs = _read(logits, targets_N[rows], ctx.temperature)[2]
-            grad = _write(grad_N[rows], probs, targets_N[rows], ctx.temperature).to(hidden_ND.dtype)
+            grad = _write(grad_N[rows], probs, targets_N[rows], ctx.temperature)
+            if ctx.entropy_learns:
+                grad -= _entropy_write(of_entropy_N[rows], probs, entropy_N[rows]) / ctx.temperature
+            grad = grad.to(hidden_ND.dtype)
             grad_hidden[rows] = product(grad, weight_VD.T)
             part = outer_product(grad, hidden_ND[rows])
             grad_weight = part if grad_weight is None else grad_weight.add_(part)
         if grad_weight is None:
             grad_weight = torch.zeros_like(weight_VD)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _read(logits_NV: Tensor, targets_N: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,21 +90,37 @@ def _write(grad_N: Tensor, probs_NV: Tensor, targets_N: Tensor, temperature: flo
     return (probs_NV * -scale_N1).scatter_add_(1, targets_N[:, None], scale_N1)
 
 
+def _entropy_write(grad_N: Tensor, probs_NV: Tensor, entropy_N: Tensor) -> Tensor:
+    """−d/d(logits/T) of ``grad · H``: ``p · (log p + H) · grad``; 0 where p is, as p·log p is."""
+    surprise_NV = torch.where(probs_NV > 0, probs_NV.log(), 0.0) + entropy_N[:, None]
+    return probs_NV * surprise_NV * grad_N[:, None]
+
+
 def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
     rows = max(1, CHUNK_LOGITS // vocabulary)
     return (slice(i, i + rows) for i in range(0, tokens, rows))
 
 
 def token_logprobs(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, temperature: float = 1.0
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    temperature: float = 1.0,
+    entropy_learns: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``log softmax(hidden @ weightᵀ / temperature)`` at ``targets_N``, and the entropy, both
-    float32 ``[N]`` in nats. Gradients flow through the first only: entropy is an instrument."""
-    return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, temperature)
+    float32 ``[N]`` in nats. Gradients flow through the first only, unless ``entropy_learns``: entropy is
+    an instrument first."""
+    return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, temperature, entropy_learns)
 
 
 def batch_logprobs(
-    model: Transformer, batch: Batch, temperature: float = 1.0, attend: Attend | None = None
+    model: Transformer,
+    batch: Batch,
+    temperature: float = 1.0,
+    attend: Attend | None = None,
+    *,
+    entropy_learns: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the batch's targets and the entropies there, ``[B, T]``, 0 off the mask.
     Rows that continue something need its ``attend``."""
@@ -101,7 +128,7 @@ def batch_logprobs(
     hidden_BTD = model.hidden(batch.ids_BT, batch.positions_BT, attend)
     # nearly every position is on the mask: picking them out would cost more than the few others
     logprobs_N, entropy_N = token_logprobs(
-        hidden_BTD.flatten(0, 1), model.head_weight, batch.targets_BT.flatten(), temperature
+        hidden_BTD.flatten(0, 1), model.head_weight, batch.targets_BT.flatten(), temperature, entropy_learns
     )
     logprobs_BT, entropy_BT = (
         torch.where(batch.mask_BT, values_N.view(batch.mask_BT.shape), 0.0)

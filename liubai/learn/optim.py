@@ -59,7 +59,7 @@ class Optimizer:
     ) -> None:
         self.lr, self.muon_lr, self.betas, self.momentum = lr, muon_lr, betas, momentum
         self.weight_decay, self.max_norm, self.eps = weight_decay, max_norm, eps
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.steps = 0
         self.state: dict[str, Tensor] = {}
         for name, p in self.parameters.items():

@@ -6,11 +6,13 @@ a small model up between the cores, as PyTorch does by default, makes them wait 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
+from torch import nn
 
 from liubai.model.transformer import Transformer
 
@@ -67,9 +69,5 @@ class Replicas:
 
 
 def _replica(model: Transformer) -> Transformer:
-    with torch.device("meta"):
-        replica = Transformer(model.config)
-    replica.load_state_dict(model.state_dict(), assign=True)  # the same memory
-    for p, q in zip(model.parameters(), replica.parameters(), strict=True):
-        q.requires_grad_(p.requires_grad)
-    return replica
+    shared = {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters()}  # the same memory
+    return copy.deepcopy(model, shared)  # type: ignore[arg-type]  # a memo: these are copied already

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from liubai.errors import Diverged
-from liubai.learn.advantages import group_advantages, has_variance
+from liubai.learn.advantages import Advantage, advantages, chosen, teaches
 from liubai.learn.logprobs import batch_logprobs
-from liubai.learn.losses import LossConfig, LossInputs, grpo_loss, token_weights
+from liubai.learn.losses import KL, LossConfig, LossInputs, policy_loss, token_weights
 from liubai.learn.optim import Optimizer
 from liubai.learn.packing import Batch, Sequence1, micro_batches
 from liubai.learn.prompts import SharedPrompt
@@ -37,7 +37,7 @@ class UpdateConfig:
     """``minibatches`` optimizer steps over the groups, in order; 1 is strictly on-policy."""
 
     loss: LossConfig
-    normalize_std: bool
+    advantage: Advantage
     minibatches: int
     max_tokens: int
     temperature: float
@@ -66,16 +66,23 @@ def update(
     log-probabilities (raises :class:`WeightsDisagree`). Groups whose rewards are all equal are left
     out before any denominator is computed. A non-finite step changes nothing and is counted.
     """
+    readers = Replicas(reference) if reference is not None else None
     rewards_PG = torch.tensor([_totals(g) for g in groups], dtype=torch.float64)
-    kept_P = has_variance(rewards_PG)
-    metrics = {"zero_variance": 1 - float(kept_P.double().mean())}
+    metrics: dict[str, float] = {}
+    if readers and config.loss.kl_in == "reward":
+        kl_PG = reference_kl(readers, groups, config, pad_id)
+        rewards_PG -= config.loss.kl * kl_PG
+        metrics["reward/kl"] = -config.loss.kl * float(kl_PG.mean())
+    kept_P = teaches(rewards_PG, config.advantage)
+    metrics["zero_variance"] = 1 - float(kept_P.double().mean())
     kept = [g for g, keep in zip(groups, kept_P.tolist(), strict=True) if keep]
     if not kept:
         return metrics
-    advantages_PG = group_advantages(rewards_PG[kept_P], normalize_std=config.normalize_std)
+    lengths_PG = torch.tensor([[len(s.completion_ids) for s in g.samples] for g in kept])
+    advantages_PG = advantages(rewards_PG[kept_P], config.advantage, lengths_PG)
     pairs_PG = [
-        list(zip(group.samples, advantages.tolist(), strict=True))
-        for group, advantages in zip(kept, advantages_PG, strict=True)
+        list(zip(group.samples, row, strict=True))
+        for group, row in zip(kept, advantages_PG.tolist(), strict=True)
     ]
     minibatches = [
         lots(sequences([pair for group in part for pair in group], config, version), config, pad_id)
@@ -83,10 +90,11 @@ def update(
     ]
     replicas = Replicas(model)
     # the policy that ratios are taken against is the one before the *first* optimizer step
-    if config.loss.importance_cap:
+    if config.loss.importance != "none" or config.loss.top_entropy < 1:
         minibatches = [replicas.map(partial(_add_logprobs, "old", config), m) for m in minibatches]
-    if reference is not None:
-        readers = Replicas(reference)
+    if config.loss.top_entropy < 1:
+        minibatches = _choose(minibatches, config.loss.top_entropy)
+    if readers and config.loss.kl_in == "loss":
         minibatches = [readers.map(partial(_add_logprobs, "reference", config), m) for m in minibatches]
     sums: dict[str, float] = defaultdict(float)
     norms: list[float] = []
@@ -194,7 +202,12 @@ def read_lot(model: Transformer, lot: Lot, config: UpdateConfig) -> Iterator[tup
     prompt = SharedPrompt(model, lot.prompt) if lot.prompt else None
     for batch in lot.batches:
         attend = prompt.attend if prompt else None
-        yield batch, *batch_logprobs(model, batch, config.temperature, attend)
+        yield (
+            batch,
+            *batch_logprobs(
+                model, batch, config.temperature, attend, entropy_learns=config.loss.entropy_bonus > 0
+            ),
+        )
     if prompt:
         prompt.backward()
 
@@ -205,18 +218,20 @@ def _learn(config: UpdateConfig, model: Transformer, parts: Sequence[Lot]) -> li
     for lot in parts:
         lot_sums: dict[str, float] = defaultdict(float)
         for batch, logprobs_BT, entropy_BT in read_lot(model, lot, config):
-            loss, sums = _loss(batch, logprobs_BT, config)
+            loss, sums = _loss(batch, logprobs_BT, entropy_BT, config)
             loss.backward()  # type: ignore[no-untyped-call]
-            sums |= {"loss": loss.detach(), "entropy": entropy_BT.sum()}
+            sums |= {"loss": loss.detach(), "entropy": entropy_BT.detach().sum()}
             for name, value in sums.items():
                 lot_sums[name] += float(value)
         found.append(lot_sums)
     return found
 
 
-def _loss(batch: Batch, logprobs_BT: Tensor, config: UpdateConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def _loss(
+    batch: Batch, logprobs_BT: Tensor, entropy_BT: Tensor, config: UpdateConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
     sampler_BT = batch.values["logprobs"]
-    loss, sums = grpo_loss(
+    loss, sums = policy_loss(
         LossInputs(
             logprobs_BT=logprobs_BT,
             old_logprobs_BT=batch.values.get("old", sampler_BT),
@@ -225,6 +240,9 @@ def _loss(batch: Batch, logprobs_BT: Tensor, config: UpdateConfig) -> tuple[Tens
             weights_BT=batch.values["weights"],
             mask_BT=batch.mask_BT,
             reference_logprobs_BT=batch.values.get("reference"),
+            entropy_BT=entropy_BT,
+            chosen_BT=batch.values.get("chosen"),
+            sequences_BT=batch.attention_documents,
         ),
         config.loss,
     )
@@ -235,14 +253,48 @@ def _loss(batch: Batch, logprobs_BT: Tensor, config: UpdateConfig) -> tuple[Tens
 
 @torch.no_grad()
 def _add_logprobs(name: str, config: UpdateConfig, model: Transformer, parts: Sequence[Lot]) -> list[Lot]:
-    """The same lots, whose batches also know what ``model`` says: a value named ``name``."""
+    """The same lots, whose batches also know what ``model`` says: values ``name``, ``name/entropy``."""
     return [
         Lot(
             lot.prompt,
-            [replace(b, values={**b.values, name: lp}) for b, lp, _ in read_lot(model, lot, config)],
+            [
+                replace(b, values={**b.values, name: lp, f"{name}/entropy": entropy})
+                for b, lp, entropy in read_lot(model, lot, config)
+            ],
         )
         for lot in parts
     ]
+
+
+def _choose(minibatches: list[list[Lot]], share: float) -> list[list[Lot]]:
+    """The same, whose batches mark the most uncertain ``share`` of the whole update's tokens."""
+    every = [b for lots_ in minibatches for lot in lots_ for b in lot.batches]
+    least = chosen(torch.cat([b.values["old/entropy"][b.mask_BT] for b in every]), share)
+
+    def marked(b: Batch) -> Batch:
+        return replace(b, values={**b.values, "chosen": (b.values["old/entropy"] >= least).float()})
+
+    return [[Lot(lot.prompt, [marked(b) for b in lot.batches]) for lot in lots_] for lots_ in minibatches]
+
+
+def reference_kl(readers: Replicas, groups: Sequence[Group], config: UpdateConfig, pad_id: int) -> Tensor:
+    """Each answer's KL to the reference, ``[P, G]`` float64 in nats: the sum of the estimator over its
+    tokens, from the log-probabilities at which it was sampled. For ``kl_in = "reward"``."""
+    samples = [s for g in groups for s in g.samples]
+    listed = []
+    for number, s in enumerate(samples):
+        blank, n = [0.0] * len(s.prompt_ids), len(s.completion_ids)
+        values: dict[str, Sequence[float]] = {
+            "logprobs": blank + list(s.logprobs),
+            "sample": blank + [float(number)] * n,
+        }
+        listed.append(Sequence1(s.prompt_ids + s.completion_ids, [False] * len(blank) + [True] * n, values))
+    kl_N = torch.zeros(len(samples), dtype=torch.float64)
+    for lot in readers.map(partial(_add_logprobs, "reference", config), lots(listed, config, pad_id)):
+        for b in lot.batches:
+            kl_BT = KL[config.loss.kl_estimator](b.values["logprobs"], b.values["reference"])
+            kl_N.index_add_(0, b.values["sample"][b.mask_BT].long(), kl_BT[b.mask_BT].double())
+    return kl_N.view(len(groups), -1)
 
 
 def _disagreement(seen: dict[str, float], config: UpdateConfig) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from liubai.model import kernels
@@ -52,5 +53,6 @@ class _Short(Function):
         return out_BTHE
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_BTHE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return kernels.attention_backward(grad_BTHE.contiguous(), *ctx.saved_tensors)

@@ -1,5 +1,5 @@
-"""Checkpoints are Hugging Face folders: config.json, model.safetensors, tokenizer.json,
-generation_config.json, tokenizer_config.json, chat_template.jinja. Nothing is pickled.
+"""Checkpoints are Hugging Face folders: config.json, model.safetensors (or shards and their index),
+tokenizer.json, generation_config.json, tokenizer_config.json, chat_template.jinja. Nothing is pickled.
 
 The one place where our parameter names meet Hugging Face's.
 """
@@ -7,21 +7,27 @@ The one place where our parameter names meet Hugging Face's.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from liubai.errors import UserError
 from liubai.files import atomic_folder
 from liubai.model.config import ModelConfig
+from liubai.model.hub import find_folder
 from liubai.model.transformer import Transformer
 from liubai.text.tokenizer import TextTokenizer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+#: Weights of more bytes than this are written as shards.
+SHARD = 5 << 30
 
 
 def to_hf_name(name: str) -> str:
@@ -29,74 +35,168 @@ def to_hf_name(name: str) -> str:
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
-def save_checkpoint(folder: Path, model: Transformer, tokenizer: TextTokenizer, template: str) -> None:
-    """Write a complete checkpoint, atomically: the folder appears whole or not at all."""
+# ---- writing ----
+
+
+def save_checkpoint(
+    folder: Path,
+    model: Transformer,
+    tokenizer: TextTokenizer,
+    template: str,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a complete checkpoint in ``model.config.dtype``, atomically: the folder appears whole or not at
+    all. ``weights`` are the model's, unless others of the same names are given (merged adapters)."""
     c = model.config
-    tensors = {to_hf_name(n): t.detach().contiguous() for n, t in model.state_dict().items()}
+    dtype = getattr(torch, c.dtype)
+    state = model.state_dict() if weights is None else weights
+    tensors = {to_hf_name(n): t.detach().to("cpu", dtype).contiguous() for n, t in state.items()}
     with atomic_folder(folder) as new:
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        _save_tensors(new, tensors)
         tokenizer.save(new / "tokenizer.json")
         (new / "chat_template.jinja").write_text(template, encoding="utf-8")
-        special = {"bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id}
-        _write_json(new / "config.json", c.to_hf())
-        _write_json(new / "generation_config.json", {**special, "pad_token_id": c.pad_token_id})
-        _write_json(
-            new / "tokenizer_config.json",
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": tokenizer.bos,
-                "eos_token": tokenizer.eos,
-                "pad_token": tokenizer.eos,
-                "model_max_length": c.max_position_embeddings,
-                "clean_up_tokenization_spaces": False,
-            },
-        )
+        described = c.to_hf()
+        special = {name: described[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(new / "config.json", described)
+        _write_json(new / "generation_config.json", special)
+        _write_json(new / "tokenizer_config.json", _tokenizer_config(tokenizer, c))
 
 
-def load(path: str | Path) -> tuple[Transformer, TextTokenizer]:
-    """A model (float32, on the CPU) and its tokenizer from a Hugging Face folder.
+def _save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        size += tensor.nbytes
+        if shards[-1] and size > SHARD:
+            shards.append({})
+            size = tensor.nbytes
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
+        return
+    home: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        home |= dict.fromkeys(shard, file)
+    total = sum(t.nbytes for t in tensors.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": home})
 
-    Raises ``UserError`` for a folder that is not one, an unsupported architecture, a corrupt or
-    truncated file, and missing, extra or misshapen weights: each with the name of what is wrong.
+
+def _tokenizer_config(tokenizer: TextTokenizer, config: ModelConfig) -> dict[str, Any]:
+    if tokenizer.config is not None:
+        return {k: v for k, v in tokenizer.config.items() if k != "chat_template"}  # it has a file of its own
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.bos,
+        "eos_token": tokenizer.eos,
+        "pad_token": tokenizer.eos,
+        "model_max_length": config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+# ---- reading ----
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple[Transformer, TextTokenizer]:
+    """A model and its tokenizer from a Hugging Face folder or, where there is a network, a hub id.
+
+    ``dtype="auto"`` keeps that of the checkpoint. Raises ``UserError`` for a folder that is not one, an
+    unsupported architecture, a corrupt or truncated file, and missing, extra or misshapen weights: each
+    with the name of what is wrong.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"there is no checkpoint folder '{folder}'")
-    config = ModelConfig.from_hf(_read_json(folder / "config.json"))
-    model = Transformer(config)
-    load_weights(model, read_weights(folder), folder)
+    folder = find_folder(path)
+    config = read_config(folder)
+    with torch.device("meta"):  # shapes alone; the weights come straight from the file
+        model = Transformer(config)
+    wanted = getattr(torch, config.dtype) if dtype == "auto" else dtype
+    model.load_state_dict(read_weights(folder, model, wanted, torch.device(device)), assign=True)
     return model.eval(), load_tokenizer(folder, config)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / "model.safetensors"
-    if not path.exists():
-        raise UserError(f"'{folder}' has no model.safetensors")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"'{path}' is corrupt or truncated ({error}); write or copy it again") from error
+def read_config(folder: Path) -> ModelConfig:
+    """config.json; more tokens that end an answer may stand in generation_config.json."""
+    raw = _read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        more = _ids(_read_json(generation).get("eos_token_id"))
+        raw["eos_token_id"] = list(dict.fromkeys([*_ids(raw.get("eos_token_id")), *more])) or None
+        if raw["eos_token_id"] and len(raw["eos_token_id"]) == 1:
+            raw["eos_token_id"] = raw["eos_token_id"][0]
+    return ModelConfig.from_hf(raw)
 
 
-def load_weights(model: Transformer, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Fill ``model`` from Hugging Face names; every tensor must be there, fit, and be wanted."""
+def _ids(value: object) -> list[int]:
+    return [i for i in (value if isinstance(value, list | tuple) else [value]) if isinstance(i, int)]
+
+
+def read_weights(
+    folder: Path, model: Transformer, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """The state of ``model`` (of which only the shapes are looked at); every tensor must be there, fit,
+    and be wanted. One tensor is converted at a time: the peak is one copy of the weights."""
     own = model.state_dict()
     wanted = {to_hf_name(name): name for name in own}
     # some exporters write the tied head once more; it is the embedding
     spare = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    missing = sorted(wanted.keys() - weights.keys())
-    extra = sorted(weights.keys() - wanted.keys() - spare)
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {extra[0]}"
-        raise UserError(f"the checkpoint '{source}' {what}, which its config.json does not allow")
-    with torch.no_grad():
+    found: dict[str, Tensor] = {}
+    with _tensors(folder) as home:
+        missing = sorted(wanted.keys() - home.keys())
+        extra = sorted(
+            n for n in home.keys() - wanted.keys() - spare if not n.endswith(".rotary_emb.inv_freq")
+        )
+        if missing or extra:
+            what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {extra[0]}"
+            raise UserError(f"the checkpoint '{folder}' {what}, which its config.json does not allow")
         for theirs, ours in wanted.items():
-            if weights[theirs].shape != own[ours].shape:
-                raise UserError(
-                    f"'{source}': {theirs} is {list(weights[theirs].shape)}, "
-                    f"config.json says {list(own[ours].shape)}"
-                )
-            own[ours].copy_(weights[theirs])
+            shape = list(home[theirs].get_slice(theirs).get_shape())
+            if shape != list(own[ours].shape):
+                raise UserError(f"'{folder}': {theirs} is {shape}, config.json says {list(own[ours].shape)}")
+        for theirs, ours in wanted.items():
+            # a copy even where nothing changes: the file may be replaced while the model lives
+            found[ours] = home[theirs].get_tensor(theirs).to(device, dtype, copy=True)
+    return found
+
+
+@contextmanager
+def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
+    """Tensor name -> the open file that holds it."""
+    with ExitStack() as stack:
+        files = {name: _open(stack, folder / name) for name in _files(folder)}
+        yield {tensor: file for file in files.values() for tensor in file.keys()}  # noqa: SIM118
+
+
+def _files(folder: Path) -> list[str]:
+    if (folder / WEIGHTS).exists():
+        return [WEIGHTS]
+    if (folder / INDEX).exists():
+        home = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(home, dict) or not home:
+            raise UserError(f"'{folder / INDEX}' has no weight_map")
+        names = sorted({str(name) for name in home.values()})
+        for name in names:
+            if Path(name).name != name or not (folder / name).exists():
+                raise UserError(f"'{folder}' lacks its shard {name}; write or copy it again")
+        return names
+    if pickled := sorted(folder.glob("*.bin")):
+        raise UserError(
+            f"'{folder}' has its weights in {pickled[0].name}, a pickle, which may run code and is "
+            "never opened; convert it to safetensors"
+        )
+    raise UserError(f"'{folder}' has no {WEIGHTS}")
+
+
+def _open(stack: ExitStack, path: Path) -> Any:
+    try:
+        return stack.enter_context(safe_open(path, framework="pt"))  # type: ignore[no-untyped-call]
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"'{path}' is corrupt or truncated ({error}); write or copy it again") from error
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> TextTokenizer:
@@ -107,13 +207,23 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> TextTokenizer:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"'{path}' is not a tokenizer ({error})") from error
-    if config.eos_token_id is None:
+    largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= config.vocab_size:
+        raise UserError(f"'{path}' has token id {largest}, config.json only {config.vocab_size} tokens")
+    ends = _ids(config.eos_token_id)
+    if not ends:
         raise UserError(f"'{folder}/config.json' names no eos_token_id: answers could never end")
-    eos = backend.id_to_token(config.eos_token_id)
-    if eos is None:
-        raise UserError(f"eos_token_id {config.eos_token_id} of '{folder}' is not in its tokenizer.json")
-    bos = backend.id_to_token(config.bos_token_id) if config.bos_token_id is not None else None
-    return TextTokenizer(backend, eos=eos, bos=bos)
+    eos = [backend.id_to_token(i) for i in ends]
+    if None in eos:
+        raise UserError(f"eos_token_id {ends[eos.index(None)]} of '{folder}' is not in its tokenizer.json")
+    kept = folder / "tokenizer_config.json"
+    about = _read_json(kept) if kept.exists() else None
+    if about is not None and "bos_token" in about:
+        bos = about["bos_token"]  # Qwen names a bos_token_id in config.json and never writes it
+        bos = bos.get("content") if isinstance(bos, dict) else bos
+    else:
+        bos = backend.id_to_token(config.bos_token_id) if config.bos_token_id is not None else None
+    return TextTokenizer(backend, eos=str(eos[0]), bos=bos, more_eos=ends, config=about)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,11 +13,25 @@ ARCHITECTURES: dict[str, tuple[str, bool, bool]] = {
     "Qwen2ForCausalLM": ("qwen2", False, True),
     "Qwen3ForCausalLM": ("qwen3", True, False),
 }
+#: in config.json's words; others are refused, never rounded to
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3Rope:
+    """How Llama 3.1 and later stretch RoPE beyond the ``original_max_position_embeddings`` of pre-training:
+    long wavelengths by ``factor``, short ones not at all, those between by degrees."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Fields carry config.json's names, so a checkpoint reads without a glossary."""
+    """Fields carry config.json's names, so a checkpoint reads without a glossary. ``dtype`` is that of the
+    saved weights; several ``eos_token_id`` end an answer alike."""
 
     architecture: str = "Qwen3ForCausalLM"
     vocab_size: int = 512
@@ -28,18 +42,18 @@ class ModelConfig:
     num_key_value_heads: int = 2
     head_dim: int = 32
     rope_theta: float = 10000.0
+    rope_scaling: Llama3Rope | None = None
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 2048
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
-            raise UserError(
-                f"architecture '{self.architecture}' is not supported; supported: " + ", ".join(ARCHITECTURES)
-            )
+            raise _unsupported(f"architecture '{self.architecture}'")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -60,7 +74,10 @@ class ModelConfig:
         """config.json, as transformers writes it."""
         fields = asdict(self)
         architecture = fields.pop("architecture")
-        theta = fields.pop("rope_theta")
+        theta, stretch, dtype = fields.pop("rope_theta"), fields.pop("rope_scaling"), fields.pop("dtype")
+        if isinstance(self.eos_token_id, tuple):
+            fields["eos_token_id"] = list(self.eos_token_id)
+        scaling = {"rope_type": "llama3", **stretch} if stretch else None
         return {
             "architectures": [architecture],
             "model_type": ARCHITECTURES[architecture][0],
@@ -69,34 +86,39 @@ class ModelConfig:
             "attention_dropout": 0.0,
             "hidden_act": "silu",
             "initializer_range": 0.02,
-            "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+            "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": theta},
             "rope_theta": theta,
+            "rope_scaling": scaling,
             "use_cache": True,
-            "torch_dtype": "float32",
-            "dtype": "float32",
+            "torch_dtype": dtype,
+            "dtype": dtype,
         }
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
-        """Read config.json of transformers (either generation of the rope keys).
+        """Read config.json of transformers (either generation of the rope and dtype keys).
 
         Raises ``UserError`` for what this class does not cover: it is better to refuse than to
         compute something else.
         """
         names = raw.get("architectures") or ["none named"]
-        if names[0] not in ARCHITECTURES:
-            raise UserError(
-                f"architecture '{names[0]}' is not supported; supported: " + ", ".join(ARCHITECTURES)
+        if raw.get("auto_map"):
+            raise _unsupported(
+                f"'{names[0]}' brings model code of its own (auto_map), which is never run; it"
             )
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
-            raise UserError(f"rope scaling '{kind}' is not supported (only unscaled RoPE is)")
+        if names[0] not in ARCHITECTURES:
+            raise _unsupported(f"architecture '{names[0]}'")
         if raw.get("hidden_act", "silu") != "silu":
             raise UserError(f"hidden_act '{raw['hidden_act']}' is not supported (only silu is)")
-        unsupported = [k for k in ("attention_bias", "mlp_bias", "use_sliding_window") if raw.get(k)]
-        if unsupported:
-            raise UserError(f"config.json sets {unsupported[0]}, which is not supported")
+        for key in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
+            if raw.get(key):
+                raise UserError(f"config.json sets {key}, which is not supported")
+        if raw.get("partial_rotary_factor", 1) != 1:
+            raise UserError("config.json sets partial_rotary_factor, which is not supported")
+        dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+        if dtype not in DTYPES:
+            raise UserError(f"dtype '{dtype}' is not supported; supported: {', '.join(DTYPES)}")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         heads = _whole(raw, "num_attention_heads")
         hidden = _whole(raw, "hidden_size")
         eos = raw.get("eos_token_id")
@@ -110,13 +132,34 @@ class ModelConfig:
             num_key_value_heads=_whole(raw, "num_key_value_heads", heads),
             head_dim=_whole(raw, "head_dim", hidden // heads),
             rope_theta=rope.get("rope_theta") or raw.get("rope_theta", 10000.0),
+            rope_scaling=_scaling(rope),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             max_position_embeddings=_whole(raw, "max_position_embeddings", 2048),
             bos_token_id=raw.get("bos_token_id"),
-            eos_token_id=eos[0] if isinstance(eos, list) else eos,
+            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
             pad_token_id=raw.get("pad_token_id"),
+            dtype=dtype,
         )
+
+
+def _unsupported(what: str) -> UserError:
+    return UserError(f"{what} is not supported; supported: " + ", ".join(ARCHITECTURES))
+
+
+def _scaling(rope: dict[str, Any]) -> Llama3Rope | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise UserError(f"rope scaling '{kind}' is not supported; supported: none, llama3")
+    numbers: dict[str, Any] = {}
+    for name in Llama3Rope.__dataclass_fields__:
+        value = rope.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise UserError(f"config.json: rope scaling llama3 needs {name}, a number above 0, not {value!r}")
+        numbers[name] = value
+    return Llama3Rope(**numbers)
 
 
 def _whole(raw: dict[str, Any], name: str, default: int | None = None) -> int:

@@ -1,22 +1,18 @@
 /* The passes over memory that PyTorch's operators make one at a time, each made once.
  *
- * Plain C, float32, compiled at the first use by the machine's own compiler (kernels.py); without one
+ * C with OpenMP, float32, compiled at the first use by the machine's own compiler (kernels.py); without one
  * the PyTorch code beside each call does the same. Every row is computed alone and in one order, so
  * results do not depend on the batch or on the number of threads, except where it says so.
  *
- * Sizes: N rows, D numbers a row, H query heads, K key/value heads, G = H/K, E head size, V vocabulary.
+ * Sizes are checked by the caller, kernels.py. Functions that return int return 0, or why they failed.
+ * N rows, D numbers a row, H query heads, K key/value heads, G = H/K, E head size, V vocabulary.
  */
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_max_threads(void) { return 1; }
-static int omp_get_num_threads(void) { return 1; }
-static int omp_get_thread_num(void) { return 0; }
-#endif
+enum { NO_MEMORY = 1, BAD_VALUE = 2 };
 
 typedef int64_t i64;
 
@@ -35,7 +31,7 @@ static inline float exponential(float x)
 {
     float y = x < -87.3f ? -87.3f : x;
     y = y > 88.0f ? 88.0f : y;
-    float n = rintf(y * 1.44269504f);
+    float n = rintf((y == y ? y : 0.0f) * 1.44269504f); /* NaN is no integer; it stays in f */
     float f = y - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * f + 1.3981999507e-3f;
@@ -44,7 +40,7 @@ static inline float exponential(float x)
     p = p * f + 1.6666665459e-1f;
     p = p * f + 5.0000001201e-1f;
     p = p * f * f + f + 1.0f;
-    union { int32_t i; float f; } power = {((int32_t)n + 127) << 23};
+    union { uint32_t i; float f; } power = {(uint32_t)((int32_t)n + 127) << 23};
     p *= power.f;
     p = x > 88.0f ? INFINITY : p;
     return x < -87.3f ? 0.0f : p;
@@ -74,17 +70,14 @@ void rms_norm(const float *x, const float *weight, float eps, i64 N, i64 D, floa
     }
 }
 
-/* of_weight is summed thread by thread: the same number of threads gives the same bits. Returns 0, or
- * 1 without memory. */
+/* of_weight is summed thread by thread: the same number of threads gives the same bits. */
 int rms_norm_backward(const float *grad, const float *x, const float *scale, const float *weight, i64 N,
                       i64 D, float *of_x, float *of_weight)
 {
     int threads = N * D > ALONE ? omp_get_max_threads() : 1;
     float *sums = calloc((size_t)(threads * D), sizeof *sums);
-    if (!sums) return 1;
-#ifdef _OPENMP
+    if (!sums) return NO_MEMORY;
 #pragma omp parallel num_threads(threads)
-#endif
     {
         i64 t = omp_get_thread_num(), team = omp_get_num_threads(); /* may be fewer than asked for */
         float *sum = sums + t * D;
@@ -112,18 +105,14 @@ int rms_norm_backward(const float *grad, const float *x, const float *scale, con
 
 void swiglu(const float *gate, const float *up, i64 n, float *out)
 {
-#ifdef _OPENMP
 #pragma omp parallel for simd schedule(static) if (n > ALONE)
-#endif
     for (i64 i = 0; i < n; i++) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
 void swiglu_backward(const float *grad, const float *gate, const float *up, i64 n, float *of_gate,
                      float *of_up)
 {
-#ifdef _OPENMP
 #pragma omp parallel for simd schedule(static) if (n > ALONE)
-#endif
     for (i64 i = 0; i < n; i++) {
         float g = gate[i], sigmoid = 1.0f / (1.0f + exponential(-g)), silu = g * sigmoid;
         of_up[i] = grad[i] * silu;
@@ -157,9 +146,7 @@ void rotate(const float *x, i64 outer, i64 inner, i64 outer_stride, i64 inner_st
 
 /* ---- One decoding step of attention ----
  * Row n writes its key and value at at[n] of its own cache [K, width, E] and looks at positions 0 … at[n];
- * exactly those are read. Returns 0, or 1 without memory or for heads larger than LARGEST_HEAD. */
-
-#define LARGEST_HEAD 256
+ * exactly those are read. LARGEST_HEAD comes from kernels.py. */
 
 /* One query head. Where E is known, query and output stay in registers. The processor does not see the
  * next row's cache coming, `ahead` numbers further on: each read asks for the same place there. */
@@ -194,19 +181,18 @@ int decode_attention(const float *q, const float *k, const float *v, const i64 *
                      float *values, i64 N, i64 H, i64 K, i64 E, i64 width, float scale, float *out)
 {
     i64 G = H / K, cache = width * E;
-    int failed = E > LARGEST_HEAD;
-    if (failed) return failed;
-#ifdef _OPENMP
+    int failed = 0;
 #pragma omp parallel reduction(| : failed) if (N * H * E > ALONE / 8)
-#endif
     {
         float *weights = malloc((size_t)width * sizeof *weights);
-        failed = !weights;
-#ifdef _OPENMP
+        failed = weights ? 0 : NO_MEMORY;
 #pragma omp for schedule(static)
-#endif
         for (i64 nk = 0; nk < N * K; nk++) {
             if (!weights) continue;
+            if (at[nk / K] < 0 || at[nk / K] >= width) {
+                failed |= BAD_VALUE;
+                continue;
+            }
             i64 n = nk / K, seen = at[n] + 1, ahead = nk + 1 < N * K ? cache : 0;
             float *own_keys = keys + nk * cache, *own_values = values + nk * cache;
             memcpy(own_keys + at[n] * E, k + nk * E, (size_t)E * sizeof *k);
@@ -228,8 +214,7 @@ int decode_attention(const float *q, const float *k, const float *v, const i64 *
 
 /* ---- Causal attention of short rows, forward and backward ----
  * q, out [B, T, H, E], k, v [B, S, K, E]; query t sees keys 0 … S − T + t; lse [B, H, T] keeps the logarithm
- * of the softmax's denominator. One key head of one row at a time: its matrices stay in the nearest cache.
- * Return 0, or 1 without memory. */
+ * of the softmax's denominator. One key head of one row at a time: its matrices stay in a near cache. */
 
 #ifdef __AVX512F__
 #define WIDTH 16
@@ -274,7 +259,7 @@ typedef struct {
     i64 T, S, H, K, E, Tp, Sp, Ep;
 } Sizes;
 
-/* n rows of E numbers, `stride` apart, as rows of Ep; what is past them is 0 already. */
+/* n rows of E numbers, `stride` apart, as rows of Ep; the columns past E stay 0. */
 static inline void gather(const float *from, i64 stride, i64 n, Sizes z, float scale, float *to)
 {
     for (i64 i = 0; i < n; i++)
@@ -303,17 +288,13 @@ int attention(const float *q, const float *k, const float *v, i64 B, i64 T, i64 
 {
     const Sizes z = sizes(T, S, H, K, E);
     int failed = 0;
-#ifdef _OPENMP
 #pragma omp parallel reduction(| : failed) if (B * T * S * H > ALONE)
-#endif
     {
         float *space = calloc((size_t)(3 * z.Sp * z.Ep + ROWS * (2 * z.Ep + z.Sp)), sizeof *space);
         float *keys = space, *values = keys + z.Sp * z.Ep, *across = values + z.Sp * z.Ep;
         float *query = across + z.Sp * z.Ep, *sums = query + ROWS * z.Ep, *w = sums + ROWS * z.Ep;
-        failed = !space;
-#ifdef _OPENMP
+        failed = space ? 0 : NO_MEMORY;
 #pragma omp for schedule(static)
-#endif
         for (i64 bk = 0; bk < B * K; bk++) {
             if (!space) continue;
             i64 row = bk / K, from = (row * S * K + bk % K) * E;
@@ -356,9 +337,7 @@ int attention_backward(const float *grad, const float *q, const float *k, const 
     const Sizes z = sizes(T, S, H, K, E);
     const i64 keys_size = z.Sp * z.Ep, rows_size = z.Tp * z.Ep, weights_size = z.Tp * z.Sp;
     int failed = 0;
-#ifdef _OPENMP
 #pragma omp parallel reduction(| : failed) if (B * T * S * H > ALONE)
-#endif
     {
         float *space = calloc((size_t)(6 * keys_size + 2 * rows_size + 2 * weights_size + ROWS * z.Ep),
                               sizeof *space);
@@ -367,10 +346,8 @@ int attention_backward(const float *grad, const float *q, const float *k, const 
         float *of_values = of_keys + keys_size, *queries = of_values + keys_size;
         float *grads = queries + rows_size, *w = grads + rows_size, *of_w = w + weights_size;
         float *sums = of_w + weights_size;
-        failed = !space;
-#ifdef _OPENMP
+        failed = space ? 0 : NO_MEMORY;
 #pragma omp for schedule(static)
-#endif
         for (i64 bk = 0; bk < B * K; bk++) {
             if (!space) continue;
             i64 row = bk / K, from = (row * S * K + bk % K) * E;
@@ -422,9 +399,11 @@ int attention_backward(const float *grad, const float *q, const float *k, const 
 
 /* ---- Log-probability of the target, entropy, probabilities; overwrites logits with the latter ---- */
 
-void token_logprobs(float *logits, const i64 *targets, float temperature, i64 N, i64 V, float *logprobs,
+int token_logprobs(float *logits, const i64 *targets, float temperature, i64 N, i64 V, float *logprobs,
                     float *entropy)
 {
+    for (i64 n = 0; n < N; n++)
+        if (targets[n] < 0 || targets[n] >= V) return BAD_VALUE;
     PARALLEL_ROWS(N *V)
     for (i64 n = 0; n < N; n++) {
         float *z = logits + n * V, top = largest(z, V), sum = 0, mean = 0;
@@ -442,9 +421,10 @@ void token_logprobs(float *logits, const i64 *targets, float temperature, i64 N,
         SIMD
         for (i64 i = 0; i < V; i++) z[i] *= inverse;
     }
+    return 0;
 }
 
-/* d/d logits of Σ grad · logprob: (onehot − p) · grad / temperature */
+/* d/d logits of Σ grad · logprob: (onehot − p) · grad / temperature. The targets were checked on the way in. */
 void token_logprobs_backward(const float *grad, const float *probs, const i64 *targets, float temperature,
                              i64 N, i64 V, float *of_logits)
 {
@@ -458,21 +438,17 @@ void token_logprobs_backward(const float *grad, const float *probs, const i64 *t
 }
 
 /* ---- The next token: inverse CDF in float64, greedy where the temperature is 0 (sampling.py) ----
- * Returns 0, or 1 without memory. */
+ * Logits that are not numbers have no next token. */
 
 int sample(const float *logits, const double *uniform, const float *temperatures, i64 N, i64 V, i64 *ids,
            float *logprobs)
 {
     int failed = 0;
-#ifdef _OPENMP
 #pragma omp parallel reduction(| : failed) if (N * V > ALONE)
-#endif
     {
         float *p = malloc((size_t)V * sizeof *p);
-        failed = !p;
-#ifdef _OPENMP
+        failed = p ? 0 : NO_MEMORY;
 #pragma omp for schedule(static)
-#endif
         for (i64 n = 0; n < N; n++) {
             if (!p) continue;
             const float *z = logits + n * V;
@@ -480,15 +456,18 @@ int sample(const float *logits, const double *uniform, const float *temperatures
             float scale = temperatures[n] == 0 ? 1.0f : temperatures[n];
             SIMD_SUM(sum)
             for (i64 i = 0; i < V; i++) sum += p[i] = exponential((z[i] - top) / scale);
+            if (!(sum > 0)) {
+                failed |= BAD_VALUE;
+                continue;
+            }
             i64 id = 0;
             if (temperatures[n] == 0) {
                 while (id < V - 1 && z[id] != top) id++;
             } else {
                 double total = 0, mass = 0;
                 for (i64 i = 0; i < V; i++) total += p[i];
-                double threshold = uniform[n] * total; /* < total, so a token of probability 0 is never it */
+                double threshold = uniform[n] * total; /* below total: a token of probability 0 is never it */
                 while (id < V - 1 && (mass += p[id]) <= threshold) id++;
-                while (id > 0 && p[id] == 0) id--; /* rounding at the very end */
             }
             ids[n] = id;
             logprobs[n] = (z[id] - top) / scale - logf(sum);

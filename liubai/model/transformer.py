@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, E head siz
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from liubai.model.attention import attention
-from liubai.model.config import ModelConfig
+from liubai.model.config import Llama3Rope, ModelConfig
 from liubai.model.functions import rms_norm, rotate, swiglu
 from liubai.model.matmul import Linear, linear
 
@@ -25,16 +26,30 @@ from liubai.model.matmul import Linear, linear
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-def rope_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_table(
+    length: int, head_dim: int, theta: float, scaling: Llama3Rope | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin of RoPE (Su et al. 2021, eq. 34), half-split layout, ``[length, 1, E]`` each, as
     :func:`liubai.model.functions.rotate` wants them.
 
     The angles are computed in float64: at position 10⁵ float32 angles are off by 10⁻².
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
-    angles = torch.arange(length, dtype=torch.float64)[:, None, None] * theta**-exponent
+    speed = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    if scaling:
+        speed = _stretched(speed, scaling)
+    angles = torch.arange(length, dtype=torch.float64)[:, None, None] * speed
     cos, sin = angles.cos().float(), angles.sin().float()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def _stretched(speed: Tensor, scaling: Llama3Rope) -> Tensor:
+    """Radians a position, for Llama 3.1's long contexts: a pair that turns fewer than ``low_freq_factor``
+    times within the original length turns ``factor`` times more slowly, one that turns more than
+    ``high_freq_factor`` times as before."""
+    turns = scaling.original_max_position_embeddings * speed / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * speed + (1 - kept) * speed / scaling.factor
 
 
 class RMSNorm(nn.Module):
@@ -108,7 +123,7 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._rope = rope_table(0, config.head_dim, config.rope_theta)
+        self._rope = rope_table(0, config.head_dim, config.rope_theta, config.rope_scaling)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -133,7 +148,8 @@ class Transformer(nn.Module):
             length = max(256, 1 << (length - 1).bit_length())
             # an ordinary tensor even when an engine asks first: training may use it later
             with torch.inference_mode(False), torch.no_grad():
-                cos, sin = rope_table(length, self.config.head_dim, self.config.rope_theta)
+                c = self.config
+                cos, sin = rope_table(length, c.head_dim, c.rope_theta, c.rope_scaling)
                 self._rope = cos.to(like.device, like.dtype), sin.to(like.device, like.dtype)
         return self._rope
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,16 +12,16 @@ PACKAGES = ("liubai", "torch", "numpy", "tokenizers", "safetensors")
 
 
 def describe(threads: int) -> dict[str, str | int]:
-    """A flat JSON object: versions, processor, cores, threads, kernels."""
-    from liubai.model import kernels  # imports torch
-
+    """A flat JSON object: versions, processor, cores, threads, and how a stage that computes does so.
+    Imports nothing heavy."""
+    kernels = sys.modules.get("liubai.model.kernels")
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "processor": _processor(),
         "cores": os.cpu_count() or 0,
         "threads": threads,
-        "kernels": kernels.status(),
+        **({"kernels": kernels.status()} if kernels else {}),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

@@ -56,7 +56,8 @@ def run(recipe: Recipe, out: Path, view: View) -> Path:
 
 
 def fingerprint(recipe: Recipe, plan: StagePlan, parents: Mapping[str, str]) -> str:
-    """SHA-256 over all that decides a stage's result. ``parents``: name -> fingerprint, in order.
+    """SHA-256 over all that decides a stage's result on one machine. ``parents``: name -> fingerprint, in
+    order.
 
     The number of threads is part of it: it changes the order of sums, so the last bits.
     """
@@ -83,15 +84,32 @@ def _stage(
         import torch
 
         torch.set_num_threads(recipe.threads)
+    module = stage_module(plan.kind)
     # written by the one who computes, not by every later look at a finished run
-    files.write_json(folder.parent / "environment.json", describe(recipe.threads))
+    _record(folder.parent / "environment.json", describe(recipe.threads), (folder / "state").exists(), view)
     context = Context(folder, recipe.seed, inputs, view, stage=plan.name, fingerprint=mark)
     try:
-        stage_module(plan.kind).run(plan.config, context)
+        module.run(plan.config, context)
         context.finish()
     finally:
         context.close()
     view.finish(plan.name, False)
+
+
+def _record(path: Path, now: Mapping[str, str | int], continues: bool, view: View) -> None:
+    """Write on what the run is computed, and say so when half of a stage was computed on something else."""
+    try:
+        before = files.read_json(path)
+    except (OSError, ValueError):
+        before = {}
+    for key in ("processor", "kernels"):
+        if continues and key in before and before[key] != now.get(key):
+            view.warn(
+                f"began with {key} '{before[key]}', goes on with '{now.get(key)}': the last bits may differ"
+            )
+    if "failed" in str(now.get("kernels")):
+        view.warn(f"slower than it could be; kernels: {now['kernels']}")
+    files.write_json(path, dict(now))
 
 
 def _prepare(name: str, folder: Path, mark: str, view: View) -> bool:

@@ -3,7 +3,7 @@
 Answers differ in length, and attention over one rectangle would cost every answer what the longest
 one costs. So rows live in bands (32, 64, 128 … tokens wide): a row moves to the next band when it
 outgrows its own, and the hole that it leaves is filled by the band's last row. Bands stay dense, so
-each decoding step is one batched matrix product a band and layer, over live rows only.
+each decoding step is one kernel, or two batched matrix products, a band and layer, over live rows only.
 
 Shapes: n rows, K key/value heads, T tokens, E head size, H query heads, G = H/K.
 """
@@ -134,16 +134,16 @@ class BandedCache:
                 wider.v[:, new, :, : band.width] = band.v[:, which]
                 band.remove(rows)
 
-    def attend(self, length_S: Tensor, rows: int) -> DecodeAttend:
-        """The attention strategy of one step of a batch of ``rows`` (the live ones, then padding);
+    def attend(self, length_S: Tensor) -> DecodeAttend:
+        """The attention strategy of one step of a batch of the live rows, and padding after them;
         ``length_S`` counts the tokens cached per slot."""
-        return DecodeAttend(self, length_S, rows)
+        return DecodeAttend(self, length_S)
 
 
 class DecodeAttend:
     """One query token a row, against its own cached keys and values. An ``Attend``."""
 
-    def __init__(self, cache: BandedCache, length_S: Tensor, rows: int) -> None:
+    def __init__(self, cache: BandedCache, length_S: Tensor) -> None:
         self.group, self.heads = cache.group, cache.config.num_key_value_heads
         self.plans: list[tuple[Band, slice, Tensor]] = []
         start = 0
@@ -153,12 +153,12 @@ class DecodeAttend:
                 band.longest = int(at_n.max()) + 1
                 self.plans.append((band, slice(start, start + n), at_n))
                 start += n
-        self.live, self.rows = start, rows
+        self.live = start  #: rows past these are padding
         self._products: dict[Band, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, layer: int, q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> Tensor:
         out_NHE = torch.empty_like(q_NHE)
-        out_NHE[self.live :] = 0  # padding: nobody looks at it
+        out_NHE[self.live :] = 0
         for band, rows, at_n in self.plans:
             n = len(band)
             q, k, v = q_NHE[rows], k_NKE[rows], v_NKE[rows]

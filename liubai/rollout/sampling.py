@@ -9,7 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from liubai.errors import Diverged
 from liubai.model import kernels
+
+BROKEN = (
+    "the model's logits are not numbers: its weights are broken; go back to an older checkpoint, or lower lr"
+)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -32,11 +37,15 @@ def sample(
     """Token ids ``[S]`` and their log-probabilities ``[S]`` (nats) at the sampling temperature.
 
     The log-probability is of the full distribution at that temperature, also under ``top_p``
-    (which training therefore refuses). Temperature 0 is greedy, with log-probabilities at 1.
+    (which training therefore refuses). Temperature 0 is greedy, with log-probabilities at 1. Raises
+    ``Diverged`` for logits that are not numbers.
     """
     if top_p_S is None:
         if kernels.ready(logits_SV, temperature_S):
-            return kernels.sample(logits_SV, uniform_S, temperature_S)
+            try:
+                return kernels.sample(logits_SV, uniform_S, temperature_S)
+            except kernels.BadValue:
+                raise Diverged(BROKEN) from None
         return _sample(logits_SV, uniform_S, temperature_S, None)
     # the others as if nobody asked for a nucleus: an answer must not depend on its neighbours
     ids_S, logprobs_S = sample(logits_SV, uniform_S, temperature_S)
@@ -62,6 +71,8 @@ def _sample(
     total_S1 = cdf_SV[:, -1:]
     threshold_S1 = torch.minimum(uniform_S[:, None] * total_S1, total_S1 * (1 - 2**-52))
     ids_S = torch.searchsorted(cdf_SV, threshold_S1, right=True)[:, 0]
+    if bool((ids_S == logits_SV.shape[1]).any()):  # NaN is below nothing
+        raise Diverged(BROKEN)
     if bool(greedy_S.any()):
         ids_S = torch.where(greedy_S, logits_SV.argmax(-1), ids_S)
     return ids_S, probs_SV.gather(1, ids_S[:, None])[:, 0].log()

@@ -129,7 +129,7 @@ class TorchEngine:
         length_S = self._length[slots]
         rows = -(-len(slots) // self._round) * self._round
         padded = torch.cat([slots, slots[:1].expand(rows - len(slots))])
-        attend = self._cache.attend(self._length, rows)
+        attend = self._cache.attend(self._length)
         hidden = self.model.hidden(self._last[padded], self._length[padded], attend)
         count = self._count[slots]
         top_p = self._top_p[slots]

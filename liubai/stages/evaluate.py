@@ -177,7 +177,7 @@ def evaluate_checkpoint(
             f"max_tokens {max_tokens} and the prompt need {longest} positions; the model has "
             f"{model.config.max_position_embeddings}"
         )
-    engine = TorchEngine(model, eos_ids=[tokenizer.eos_id], slots=slots, max_length=longest)
+    engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=slots, max_length=longest)
     engine.load(model.state_dict(), version=0)
     with GraderPool() as pool:
         result = evaluate(

@@ -1,8 +1,8 @@
 """R1-Zero: pure reinforcement learning on outcome rewards. No critic, no reward model, no examples.
 
 The loop: take problems, let the engine write a group of answers to each, check the answers, push up
-what did better than its group and down what did worse. Left out on purpose: curricula, replay,
-entropy bonuses.
+what did better than its group and down what did worse. Which algorithm that is, the config says
+(``preset``). Left out on purpose: curricula, replay.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from torch import Tensor
 
 from liubai.errors import Diverged, UserError
 from liubai.grade import GraderPool, RewardWeights
+from liubai.learn.advantages import Advantage
 from liubai.learn.losses import LossConfig
 from liubai.learn.optim import Optimizer
+from liubai.learn.presets import expand
 from liubai.learn.update import UpdateConfig, update
 from liubai.model.checkpoint import load, save_checkpoint
+from liubai.model.lora import LoraConfig, attach, merged, save_adapter, trained
 from liubai.model.transformer import Transformer
 from liubai.problems import family, problem_at
 from liubai.problems.family import distinct_problems
@@ -26,13 +30,15 @@ from liubai.seeds import derive, stream
 from liubai.stages.config import MAX_SKIPPED, Shares, StageConfig
 from liubai.stages.context import Context
 from liubai.stages.evaluate import evaluate
-from liubai.stages.rl_metrics import probe_records, rollout_metrics, shuffle_rewards
-from liubai.stages.rollouts import Rollouts
+from liubai.stages.rl_metrics import probe_records, rollout_metrics, shuffle_rewards, varies
+from liubai.stages.rollouts import GradedGroup, Rollouts
 from liubai.text.template import template_for
 from liubai.types import Problem
 
 
 class Config(StageConfig):
+    #: an algorithm by name: defaults for other keys, see liubai/learn/presets.py
+    preset: str | None = None
     steps: int = Field(gt=0)
     problems: Shares = {"countdown": 1.0}
     groups: int = Field(32, gt=0, description="problems a step")
@@ -46,9 +52,13 @@ class Config(StageConfig):
     tokens_per_microbatch: int = Field(2048, gt=0)
     max_norm: float = Field(1.0, gt=0)
     loss: LossConfig = LossConfig(aggregation="token-mean")
-    normalize_std: bool = True
+    advantage: Advantage = "grpo"
+    refills: int = Field(
+        0, ge=0, description="times a step writes more answers in the place of groups without variance"
+    )
     reference_every: int = Field(400, gt=0, description="steps between refreshes of the KL reference")
     rewards: RewardWeights = RewardWeights()
+    lora: LoraConfig | None = None
     slots: int = Field(256, gt=0, description="answers written at once")
     inflight: bool = False
     grader_timeout: float = Field(5.0, gt=0, description="seconds a verdict may take")
@@ -61,11 +71,18 @@ class Config(StageConfig):
     probes: int = Field(3, ge=0, description="held-out prompts whose answers are kept at every eval")
     save_every: int = Field(10, gt=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, raw: Any) -> Any:
+        return expand(raw) if isinstance(raw, dict) else raw
+
 
 def run(config: Config, context: Context) -> None:
     parent = context.parent_checkpoint()
     model, tokenizer = load(parent)
     sampler, _ = load(parent)
+    if config.lora:
+        attach(model, config.lora, context.seed)
     template = template_for(tokenizer, parent, thinking=config.blank)
     optimizer = Optimizer(model, lr=config.lr, max_norm=config.max_norm, betas=(0.9, 0.95))
     held_out = held_out_problems(config)
@@ -76,10 +93,10 @@ def run(config: Config, context: Context) -> None:
             f"max_tokens {config.max_tokens} and prompts of {prompt} tokens do not fit the model's "
             f"{model.config.max_position_embeddings} positions; lower max_tokens"
         )
-    engine = TorchEngine(sampler, eos_ids=[tokenizer.eos_id], slots=config.slots, max_length=longest)
+    engine = TorchEngine(sampler, eos_ids=tokenizer.eos_ids, slots=config.slots, max_length=longest)
     settings = UpdateConfig(
         loss=config.loss,
-        normalize_std=config.normalize_std,
+        advantage=config.advantage,
         minibatches=config.minibatches,
         max_tokens=config.max_tokens,
         temperature=config.temperature,
@@ -91,7 +108,6 @@ def run(config: Config, context: Context) -> None:
             template,
             lambda index: problem_of(config, "train", context.seed, index),
             pool,
-            groups=config.groups,
             samples=config.samples,
             max_tokens=config.max_tokens,
             temperature=config.temperature,
@@ -102,15 +118,15 @@ def run(config: Config, context: Context) -> None:
         first, tokens, skipped = 0, 0, 0
         reference = load(parent)[0] if config.loss.kl else None
         if state := context.restore():
-            _load_model(model, "model/", state.tensors)
+            _restore(trained(model), "model/", state.tensors)
             optimizer.load_state_dict({n: state.tensors[f"optimizer/{n}"] for n in optimizer.state_dict()})
             if reference:
-                _load_model(reference, "reference/", state.tensors)
+                _restore(reference.state_dict(), "reference/", state.tensors)
             rollouts.restore(state.meta["rollouts"])
             first, tokens, skipped = state.step, state.meta["tokens"], state.meta["skipped"]
 
         # an engine of its own around the trainer's weights: the rollouts in flight are not disturbed
-        evaluator = TorchEngine(model, eos_ids=[tokenizer.eos_id], slots=config.slots, max_length=longest)
+        evaluator = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=config.slots, max_length=longest)
         evaluator.load(model.state_dict(), version=0)
 
         def look(step: int) -> dict[str, float]:
@@ -132,14 +148,14 @@ def run(config: Config, context: Context) -> None:
             context.log(0, config.steps, look(0))
         for step in range(first, config.steps):
             started = time.perf_counter()
-            engine.load(model.state_dict(), version=step)
-            graded = rollouts.collect()
+            engine.load(merged(model), version=step)
+            graded = collect(rollouts, config)
             written = time.perf_counter()
             groups = [g.group for g in graded]
             if config.shuffle_rewards:
                 groups = shuffle_rewards(groups, stream(context.seed, "shuffle", step))
             if reference and step % config.reference_every == 0:
-                reference.load_state_dict(model.state_dict())
+                reference.load_state_dict(merged(model))
             scale = lr_scale(config, step)
             learned = update(
                 model,
@@ -181,7 +197,22 @@ def run(config: Config, context: Context) -> None:
                     _tensors(model, optimizer, reference),
                     {"tokens": tokens, "skipped": skipped, "rollouts": rollouts.state()},
                 )
-    save_checkpoint(context.folder / "checkpoint", model, tokenizer, template.source)
+    save_checkpoint(context.folder / "checkpoint", model, tokenizer, template.source, merged(model))
+    if config.lora:
+        save_adapter(context.folder / "adapter", model, config.lora, str(parent))
+
+
+def collect(rollouts: Rollouts, config: Config) -> list[GradedGroup]:
+    """The groups of a step. Dynamic sampling (DAPO, arXiv 2503.14476): groups whose answers all earned the
+    same teach nothing, so others are written in their place, ``refills`` times at most — of problems that
+    are all solved, no number of them would do."""
+    graded = rollouts.collect(config.groups)
+    for _ in range(config.refills):
+        missing = config.groups - sum(varies(g.group) for g in graded)
+        if not missing:
+            break
+        graded += rollouts.collect(missing)
+    return graded
 
 
 def problem_of(config: Config, split: Any, seed: int, index: int) -> Problem:
@@ -210,12 +241,13 @@ def lr_scale(config: Config, step: int) -> float:
 
 
 def _tensors(model: Transformer, optimizer: Optimizer, reference: Transformer | None) -> dict[str, Any]:
-    tensors = {f"model/{n}": t for n, t in model.state_dict().items()}
+    tensors = {f"model/{n}": t for n, t in trained(model).items()}
     tensors |= {f"optimizer/{n}": t for n, t in optimizer.state_dict().items()}
     if reference:
         tensors |= {f"reference/{n}": t for n, t in reference.state_dict().items()}
     return tensors
 
 
-def _load_model(model: Transformer, prefix: str, tensors: dict[str, Any]) -> None:
-    model.load_state_dict({n: tensors[prefix + n] for n in model.state_dict()})
+def _restore(into: dict[str, Tensor], prefix: str, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in into.items():
+        tensor.copy_(tensors[prefix + name])

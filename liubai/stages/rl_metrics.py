@@ -23,7 +23,7 @@ def rollout_metrics(graded: Sequence[GradedGroup], version: int) -> dict[str, fl
     correct = [a.verdict.correct and a.sample.stop is Stop.EOS for a in answers]
     right = [n for n, ok in zip(lengths, correct, strict=True) if ok]
     wrong = [n for n, ok in zip(lengths, correct, strict=True) if not ok]
-    solved = [_share_right(g) for g in graded if not _varies(g)]
+    solved = [_share_right(g) for g in graded if not varies(g.group)]
     parts = {name for r in rewards for name in r.parts}
     metrics = {
         "accuracy": _mean(correct),
@@ -70,8 +70,8 @@ def shuffle_rewards(groups: Sequence[Group], rng: random.Random) -> list[Group]:
     return [replace(g, rewards=tuple(shuffled(g.rewards, rng))) for g in groups]
 
 
-def _varies(graded: GradedGroup) -> bool:
-    totals = [r.total for r in graded.group.rewards]
+def varies(group: Group) -> bool:
+    totals = [r.total for r in group.rewards]
     return max(totals) - min(totals) > TOLERANCE
 
 

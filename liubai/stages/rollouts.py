@@ -38,7 +38,7 @@ class GradedGroup:
 
 
 class Rollouts:
-    """``collect()`` returns the next ``groups`` complete groups.
+    """``collect(n)`` returns the next n complete groups.
 
     ``problem_at(index)`` gives problem number ``index``; request ``index·samples + j`` is its j-th
     sample, with a seed of its own. Cheap verifiers run here, all others in the grader pool, from the
@@ -52,7 +52,6 @@ class Rollouts:
         problem_at: Callable[[int], Problem],
         pool: GraderPool,
         *,
-        groups: int,
         samples: int,
         max_tokens: int,
         temperature: float,
@@ -61,7 +60,7 @@ class Rollouts:
         ahead: int = 0,
     ) -> None:
         self.engine, self.template, self.problem_at, self.pool = engine, template, problem_at, pool
-        self.groups, self.samples, self.max_tokens = groups, samples, max_tokens
+        self.samples, self.max_tokens = samples, max_tokens
         self.temperature, self.seed, self.weights = temperature, seed, weights
         self.ahead = ahead  #: in-flight mode: groups begun beyond those that a step takes
         self.next_index = 0
@@ -71,22 +70,22 @@ class Rollouts:
         self._tickets: dict[int, tuple[int, int]] = {}
         self.seconds_grading = 0.0
 
-    def collect(self) -> list[GradedGroup]:
+    def collect(self, groups: int) -> list[GradedGroup]:
         """The groups whose last answer ended first. That order is the tokens', not the graders'
         clock: a resumed run takes the same ones."""
-        self._top_up()
-        while len(self._ended) < self.groups:
+        self._top_up(groups)
+        while len(self._ended) < groups:
             for request, sample in self.engine.step():
                 self._take(request, sample)
             self._poll()
-        taken, self._ended = self._ended[: self.groups], self._ended[self.groups :]
+        taken, self._ended = self._ended[:groups], self._ended[groups:]
         while not all((i, j) in self._answers for i in taken for j in range(self.samples)):
             time.sleep(0.001)  # the graders need the processor more than this loop does
             self._poll()
         return [self._close(index) for index in sorted(taken)]
 
-    def _top_up(self) -> None:
-        while len(self._open) < self.groups + self.ahead:
+    def _top_up(self, groups: int) -> None:
+        while len(self._open) < groups + self.ahead:
             index = self.next_index
             self.next_index += 1
             prompt = tuple(self.template.prompt_ids(self.problem_at(index).prompt))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
@@ -25,16 +26,28 @@ PIECES = r"</?[a-z]+>|<\|[a-z]+\|>|(?:->|=|:)(?:\d+|big|far)|\d+|\p{Han}+|[A-Za-
 class TextTokenizer:
     """A ``tokenizers.Tokenizer`` with named special ids.
 
-    Raises ``UserError`` when the tokenizer has no end-of-text token: an engine could never stop.
+    An answer ends with any of ``eos_ids``; the first, ``eos``, is the one that is written. ``config`` is the
+    tokenizer_config.json that came with it, kept for whoever opens our checkpoints. Raises ``UserError`` when
+    the tokenizer has no end-of-text token: an engine could never stop.
     """
 
-    def __init__(self, backend: Tokenizer, eos: str = EOS, bos: str | None = BOS) -> None:
+    def __init__(
+        self,
+        backend: Tokenizer,
+        eos: str = EOS,
+        bos: str | None = BOS,
+        *,
+        more_eos: Sequence[int] = (),
+        config: dict[str, Any] | None = None,
+    ) -> None:
         eos_id = backend.token_to_id(eos)
         if eos_id is None:
             raise UserError(f"the tokenizer has no end token '{eos}'; name it in config.json")
         self.backend = backend
         self.eos, self.bos = eos, bos
         self.eos_id: int = eos_id
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys((eos_id, *more_eos)))
+        self.config = config
         self.bos_id: int | None = backend.token_to_id(bos) if bos is not None else None
         self.pad_id = self.eos_id  # safe: masks are carried, never inferred from ids
 
@@ -48,7 +61,7 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of ``ids``. Tags are kept; ``skip_special`` drops only start and end tokens."""
         if skip_special:
-            ids = [i for i in ids if i not in (self.eos_id, self.bos_id)]
+            ids = [i for i in ids if i not in (*self.eos_ids, self.bos_id)]
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def id_of(self, token: str) -> int | None:
