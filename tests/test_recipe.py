@@ -87,10 +87,10 @@ def go(path: Path, out: Path, *overrides: str) -> Heard:
 
 
 def contents(run_folder: Path) -> dict[str, object]:
-    """Everything in a run folder but the clock."""
+    """Everything in a run folder but the clock and the machine."""
     found: dict[str, object] = {}
     for path in sorted(run_folder.rglob("*")):
-        if path.is_dir() or path.name == runner.MARK:
+        if path.is_dir() or path.name in (runner.MARK, "environment.json"):
             continue
         name = str(path.relative_to(run_folder))
         if path.suffix == ".jsonl":
