@@ -438,7 +438,7 @@ THEIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "tis": (
         {"loss_type": "dapo", "epsilon_high": 0.28, "use_vllm": True},
-        {"aggregation": "token-mean", "importance": "truncate", "importance_cap": 1.2},
+        {"aggregation": "token-mean", "clip_high": 0.28, "importance": "truncate", "importance_cap": 1.2},
     ),
     "top entropy": ({"loss_type": "dapo", "top_entropy_quantile": 0.4}, {"aggregation": "token-mean"}),
 }  # fmt: skip
