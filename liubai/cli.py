@@ -108,32 +108,38 @@ def _run(path: Path, overrides: Sequence[str], out: Path | None, live: bool) -> 
 @app.command("eval", epilog="Example: liubai eval runs/zero/3-zero/checkpoint --problems countdown")
 def evaluate(
     checkpoint: Checkpoint,
-    problems: Annotated[str, typer.Option(help="Which family of problems.")],
+    problems: Annotated[str, typer.Option(help="A family of problems, or a file of questions.")],
     samples: Annotated[int, typer.Option(min=1, help="Answers a problem.")] = 16,
     limit: Annotated[int, typer.Option(min=1, help="How many problems.")] = 200,
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 320,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    verifier: Annotated[str, typer.Option(help="Of questions that name none.")] = "math",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """How often is a checkpoint right, in one try and in several?"""
     checkpoint = _checkpoint_folder(checkpoint)
-    from liubai.stages.evaluate import evaluate_checkpoint
+    from liubai.problems.questions import Questions
+    from liubai.problems.rows import is_rows
+    from liubai.stages.evaluate import evaluate_checkpoint, held_out_of
     from liubai.stages.view import progress_bar
 
+    # a file that is named here is all held out
+    asked = Questions(path=problems, default_verifier=verifier, eval_share=1.0) if is_rows(problems) else None
+    held_out = held_out_of(problems, limit, seed, asked)
     with progress_bar("answering") as progress:
         result = evaluate_checkpoint(
             path=checkpoint,
-            problems=problems,
+            problems=held_out,
             samples=samples,
-            limit=limit,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
             progress=None if as_json else progress,
         )
+    result = {"problems": problems, **result}
     print(json.dumps(result, ensure_ascii=False) if as_json else _table(result))
 
 

@@ -335,19 +335,23 @@ def test_eval_prints_a_table_or_json(liubai_: Any, checkpoint: Path, monkeypatch
 
     def evaluate_checkpoint(**options: Any) -> dict[str, Any]:
         asked.update(options)
-        return {"pass@1": 0.123456, "problems": 20, "pass@k": {"16": 0.5}, "rows": [1, 2]}
+        return {"pass@1": 0.123456, "n_problems": 20, "pass@k": {"16": 0.5}, "rows": [1, 2]}
 
     monkeypatch.setattr("liubai.stages.evaluate.evaluate_checkpoint", evaluate_checkpoint)
     result = liubai_("eval", str(checkpoint), "--problems", "countdown", "--limit", "20", "--seed", "3")
-    assert result.out == "pass@1     0.1235\nproblems   20\npass@k 16  0.5\n"
+    assert result.out == "problems    countdown\npass@1      0.1235\nn_problems  20\npass@k 16   0.5\n"
+    problems = asked.pop("problems")
+    assert len({p.prompt for p in problems}) == 20
+    assert {p.verifier for p in problems} == {"countdown"}
     assert asked == {
-        "path": checkpoint, "problems": "countdown", "samples": 16, "limit": 20, "max_tokens": 320,
+        "path": checkpoint, "samples": 16, "max_tokens": 320,
         "temperature": 1.0, "top_p": 1.0, "seed": 3, "progress": None,
     }  # fmt: skip
     result = liubai_("eval", str(checkpoint), "--problems", "countdown", "--json")
     assert json.loads(result.out) == {
         "pass@1": 0.123456,
-        "problems": 20,
+        "problems": "countdown",
+        "n_problems": 20,
         "pass@k": {"16": 0.5},
         "rows": [1, 2],
     }

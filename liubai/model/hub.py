@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -10,6 +11,21 @@ from liubai.errors import UserError
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 #: what a checkpoint is made of; nothing else is fetched, least of all code
 PARTS = ["*.json", "*.safetensors", "*.jinja"]
+
+SAMPLE = 4 << 20  #: bytes
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """Of what a checkpoint holds; of weights, which may be large, only the size, the head and the tail."""
+    state = hashlib.blake2b(digest_size=16)
+    for path in sorted(p for pattern in PARTS for p in folder.glob(pattern)):
+        size = path.stat().st_size
+        state.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            state.update(file.read(SAMPLE))
+            file.seek(max(0, size - SAMPLE))
+            state.update(file.read(SAMPLE))
+    return state.hexdigest()
 
 
 def find_folder(path: str | Path) -> Path:

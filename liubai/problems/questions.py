@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -65,8 +64,7 @@ class Question:
 
 
 def read_questions(config: Questions) -> list[Question]:
-    """All rows, with their splits. Raises ``UserError`` with file and line for a row that is no question,
-    and when nothing is left for a split that is asked for."""
+    """All rows, with their splits. Raises ``UserError`` with file and line for a row that is no question."""
     problems = [(line, _problem(row, config, line)) for line, row in read_rows(config.path)]
     if not problems:
         raise UserError(f"'{config.path}' has no questions")
@@ -86,12 +84,10 @@ def read_questions(config: Questions) -> list[Question]:
     return found
 
 
-def splits(found: Sequence[Question], path: str) -> tuple[list[Problem], list[Problem]]:
-    """What is trained on, and what is held out. Raises ``UserError`` for an empty one."""
+def splits(found: Sequence[Question]) -> tuple[list[Problem], list[Problem]]:
+    """What is trained on, and what is held out."""
     used = [q for q in found if not q.left_out]
     train, held_out = ([q.problem for q in used if q.held_out is side] for side in (False, True))
-    if not train:
-        raise UserError(f"'{path}' leaves nothing to train on; lower eval_share, or see `liubai check`")
     return train, held_out
 
 
@@ -214,9 +210,9 @@ def near_duplicates(texts: Sequence[str]) -> list[int]:
     return [root(i) for i in range(len(texts))]
 
 
-def digest_of(config: Questions) -> dict[str, Any]:
-    """What the files hold, for a stage's fingerprint: a changed file is another stage."""
-    found: dict[str, Any] = {}
+def digests(config: Questions) -> dict[str, str]:
+    """What the files hold, for a stage's fingerprint: with other rows it is another stage."""
+    found: dict[str, str] = {}
     for path in (config.path, *config.keep_out):
         state = blake2b(digest_size=16)
         for line, row in read_rows(path):

@@ -20,6 +20,13 @@ HUB = "hf:"  #: ``hf:org/name`` or ``hf:org/name:split``
 
 Row = dict[str, Any]
 
+ENDINGS = (".jsonl", ".csv", ".parquet")
+
+
+def is_rows(path: str) -> bool:
+    """Does this name a file of rows (or a data set of the hub), and not a family of problems?"""
+    return path.startswith(HUB) or path.lower().endswith(ENDINGS)
+
 
 def read_rows(path: str) -> Iterator[tuple[int, Row]]:
     """(line, row) of ``path``, which names a file (by its ending) or a data set of the hub."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from liubai.errors import UserError
 from liubai.problems import family, problem_at
 from liubai.problems.family import distinct_problems
-from liubai.problems.questions import Questions, read_questions, splits
+from liubai.problems.questions import Questions, read_questions, share_of, splits
 from liubai.seeds import stream
 from liubai.types import Problem
 
@@ -21,6 +21,9 @@ class Source(Protocol):
 
     def held_out(self, count: int) -> list[Problem]:
         """About ``count`` different ones, the same in every run."""
+
+    def longest(self, length: Callable[[str], int]) -> int:
+        """The greatest ``length`` of a prompt that ``train`` or ``held_out`` may give."""
 
 
 class Families:
@@ -42,16 +45,25 @@ class Families:
             for problem in distinct_problems(family(name), "eval", 0, max(1, round(count * share / total)))
         ]
 
+    def longest(self, length: Callable[[str], int]) -> int:
+        # training problems may be a little longer than those that were looked at
+        return 2 * max(length(problem.prompt) for problem in self.held_out(64))
+
 
 class Bank:
     """The questions of a file, each once an epoch, in an order of each epoch's own."""
 
     def __init__(self, questions: Questions) -> None:
-        self._train, self._held_out = splits(read_questions(questions), questions.path)
+        self._train, held_out = splits(read_questions(questions))
+        self._held_out = sorted(held_out, key=lambda problem: share_of(problem.prompt))
         self._path = questions.path
         self._order: tuple[tuple[int, int], Sequence[int]] = ((-1, -1), ())
 
     def train(self, seed: int, index: int) -> Problem:
+        if not self._train:
+            raise UserError(
+                f"'{self._path}' leaves nothing to train on; lower eval_share, or see `liubai check`"
+            )
         epoch, at = divmod(index, len(self._train))
         if self._order[0] != (seed, epoch):
             order = list(range(len(self._train)))
@@ -60,7 +72,15 @@ class Bank:
         return self._train[self._order[1][at]]
 
     def held_out(self, count: int) -> list[Problem]:
-        """Those whose words hash lowest first: more rows in the file change few of them."""
+        """Those whose words hash lowest: more rows in the file change few of them."""
         if not self._held_out:
             raise UserError(f"'{self._path}' holds out no question; raise eval_share, or add questions")
         return self._held_out[:count]
+
+    def longest(self, length: Callable[[str], int]) -> int:
+        return max(length(problem.prompt) for problem in [*self._train, *self._held_out])
+
+
+def source_of(problems: Mapping[str, float], questions: Questions | None) -> Source:
+    """The user's questions where there are some."""
+    return Bank(questions) if questions else Families(problems)

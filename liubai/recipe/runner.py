@@ -69,6 +69,8 @@ def fingerprint(recipe: Recipe, plan: StagePlan, parents: Mapping[str, str]) -> 
         "threads": recipe.threads,
         "parents": list(parents.items()),
     }
+    if outside := plan.config.outside():
+        what["outside"] = outside
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from liubai.errors import UserError
+from liubai.model.hub import checkpoint_digest, find_folder
+from liubai.problems.questions import Questions, digests
 
 #: a run stops after this many non-finite steps in a row
 MAX_SKIPPED = 3
@@ -16,6 +18,10 @@ class StageConfig(BaseModel):
     """A small typed class next to the stage that it configures; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def outside(self) -> dict[str, str]:
+        """Digests of what the stage reads that is not an earlier stage's: part of its fingerprint."""
+        return {}
 
 
 def _family_name(name: str) -> str:
@@ -31,6 +37,18 @@ def _positive_shares(shares: dict[str, float]) -> dict[str, float]:
     if not shares or min(shares.values()) < 0 or sum(shares.values()) <= 0:
         raise ValueError("needs at least one family with a positive share")
     return shares
+
+
+class Brought(StageConfig):
+    """A stage that may begin with what the user brings: ``model``, a checkpoint folder or hub id, in the
+    place of an earlier stage, and ``questions`` in the place of generated ones."""
+
+    model: str = ""
+    questions: Questions | None = None
+
+    def outside(self) -> dict[str, str]:
+        found = digests(self.questions) if self.questions else {}
+        return found | ({"model": checkpoint_digest(find_folder(self.model))} if self.model else {})
 
 
 FamilyName = Annotated[str, AfterValidator(_family_name)]

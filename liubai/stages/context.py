@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from liubai import files
 from liubai.errors import UserError
+from liubai.model.hub import find_folder
 from liubai.stages.view import View
 
 if TYPE_CHECKING:
@@ -73,13 +74,18 @@ class Context:
         """Seconds of work in this stage, over all its sessions; work that was lost is not counted."""
         return self._before + time.monotonic() - self._started
 
-    def parent_checkpoint(self) -> Path:
-        """The checkpoint of the one stage that this one is ``from``. Raises ``UserError`` otherwise."""
+    def parent_checkpoint(self, model: str = "") -> Path:
+        """The checkpoint of the one stage that this one is ``from``, or that of ``model``, a folder or a hub
+        id. Raises ``UserError`` when it is not exactly one of them."""
+        if model and not self.inputs:
+            return find_folder(model)
+        if model:
+            raise UserError(f"stage '{self.stage}' names a model and an earlier stage; it begins with one")
         if len(self.inputs) != 1:
             names = ", ".join(self.inputs) or "none"
             raise UserError(
                 f"stage '{self.stage}' starts from the checkpoint of exactly one earlier stage; "
-                f"its 'from' names {names}"
+                f"its 'from' names {names}. Or name a model"
             )
         ((name, folder),) = self.inputs.items()
         if not (folder / "checkpoint").is_dir():

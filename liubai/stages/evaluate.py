@@ -17,10 +17,12 @@ from liubai.measure.reflection import count_reflections
 from liubai.model.checkpoint import load
 from liubai.problems import family
 from liubai.problems.family import distinct_problems
+from liubai.problems.questions import Questions
+from liubai.problems.source import Bank
 from liubai.rollout.engine import Engine, Request
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive
-from liubai.stages.config import FamilyName, StageConfig
+from liubai.stages.config import Brought, FamilyName
 from liubai.stages.context import Context
 from liubai.stages.rollouts import without_blank
 from liubai.text.template import Template, template_for, text_of
@@ -29,7 +31,7 @@ from liubai.types import Problem, Sample, Stop
 Progress = Callable[[int, int], None]
 
 
-class Config(StageConfig):
+class Config(Brought):
     problems: FamilyName = "countdown"
     label: str = ""
     limit: int = Field(200, gt=0, description="held-out problems")
@@ -155,9 +157,8 @@ def evaluate(
 
 def evaluate_checkpoint(
     path: Path,
-    problems: str,
+    problems: Sequence[Problem],
     samples: int,
-    limit: int,
     max_tokens: int,
     temperature: float,
     top_p: float,
@@ -166,12 +167,11 @@ def evaluate_checkpoint(
     slots: int = 256,
     thinking: bool = True,
 ) -> dict[str, Any]:
-    """What ``liubai eval`` prints. Raises ``UserError`` for a bad checkpoint or problem family."""
-    kind = family(problems)
+    """What ``liubai eval`` prints, but for the name of the problems. Raises ``UserError`` for a bad
+    checkpoint."""
     model, tokenizer = load(path)
     template = template_for(tokenizer, path, thinking=thinking)
-    held_out = distinct_problems(kind, "eval", seed, limit)
-    longest = max(len(template.prompt_ids(p.prompt)) for p in held_out) + max_tokens
+    longest = max(len(template.prompt_ids(p.prompt)) for p in problems) + max_tokens
     if longest > model.config.max_position_embeddings:
         raise UserError(
             f"max_tokens {max_tokens} and the prompt need {longest} positions; the model has "
@@ -183,7 +183,7 @@ def evaluate_checkpoint(
         result = evaluate(
             engine,
             template,
-            held_out,
+            list(problems),
             samples=samples,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -192,24 +192,32 @@ def evaluate_checkpoint(
             pool=pool,
             progress=progress,
         )
-    return {"problems": problems, **result.summary()}
+    return result.summary()
+
+
+def held_out_of(name: str, limit: int, seed: int, questions: Questions | None = None) -> list[Problem]:
+    """``limit`` held-out problems: of the user's ``questions``, or of the family called ``name``."""
+    if questions:
+        return Bank(questions).held_out(limit)
+    return distinct_problems(family(name), "eval", seed, limit)
 
 
 def run(config: Config, context: Context) -> None:
+    seed = derive(context.seed, "eval")
     figures = evaluate_checkpoint(
-        context.parent_checkpoint(),
-        config.problems,
+        context.parent_checkpoint(config.model),
+        held_out_of(config.problems, config.limit, seed, config.questions),
         config.samples,
-        config.limit,
         config.max_tokens,
         config.temperature,
         config.top_p,
-        derive(context.seed, "eval"),
+        seed,
         slots=config.slots,
         thinking=config.blank,
     )
-    (parent,) = context.inputs
-    write_json(context.folder / "eval.json", {"label": config.label or parent, **figures})
+    asked = config.questions.path if config.questions else config.problems
+    label = config.label or next(iter(context.inputs), config.model)
+    write_json(context.folder / "eval.json", {"label": label, "problems": asked, **figures})
     numbers = {n: float(v) for n, v in figures.items() if isinstance(v, int | float)}
     context.log(1, 1, numbers)
 

@@ -23,20 +23,18 @@ from liubai.learn.update import UpdateConfig, update
 from liubai.model.checkpoint import load, save_checkpoint
 from liubai.model.lora import LoraConfig, attach, merged, save_adapter, trained
 from liubai.model.transformer import Transformer
-from liubai.problems import family, problem_at
-from liubai.problems.family import distinct_problems
+from liubai.problems.source import source_of
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive, stream
-from liubai.stages.config import MAX_SKIPPED, Shares, StageConfig
+from liubai.stages.config import MAX_SKIPPED, Brought, Shares
 from liubai.stages.context import Context
 from liubai.stages.evaluate import evaluate
 from liubai.stages.rl_metrics import probe_records, rollout_metrics, shuffle_rewards, varies
 from liubai.stages.rollouts import GradedGroup, Rollouts
 from liubai.text.template import template_for
-from liubai.types import Problem
 
 
-class Config(StageConfig):
+class Config(Brought):
     #: an algorithm by name: defaults for other keys, see liubai/learn/presets.py
     preset: str | None = None
     steps: int = Field(gt=0)
@@ -78,16 +76,17 @@ class Config(StageConfig):
 
 
 def run(config: Config, context: Context) -> None:
-    parent = context.parent_checkpoint()
+    parent = context.parent_checkpoint(config.model)
     model, tokenizer = load(parent)
     sampler, _ = load(parent)
     if config.lora:
         attach(model, config.lora, context.seed)
     template = template_for(tokenizer, parent, thinking=config.blank)
     optimizer = Optimizer(model, lr=config.lr, max_norm=config.max_norm, betas=(0.9, 0.95))
-    held_out = held_out_problems(config)
-    prompt = max(len(template.prompt_ids(p.prompt)) for p in held_out)
-    longest = config.max_tokens + 2 * prompt  # prompts of train problems may be a little longer
+    source = source_of(config.problems, config.questions)
+    held_out = source.held_out(config.eval_problems)
+    prompt = source.longest(lambda text: len(template.prompt_ids(text)))
+    longest = config.max_tokens + prompt
     if longest > model.config.max_position_embeddings:
         raise UserError(
             f"max_tokens {config.max_tokens} and prompts of {prompt} tokens do not fit the model's "
@@ -106,7 +105,7 @@ def run(config: Config, context: Context) -> None:
         rollouts = Rollouts(
             engine,
             template,
-            lambda index: problem_of(config, "train", context.seed, index),
+            lambda index: source.train(context.seed, index),
             pool,
             samples=config.samples,
             max_tokens=config.max_tokens,
@@ -213,25 +212,6 @@ def collect(rollouts: Rollouts, config: Config) -> list[GradedGroup]:
             break
         graded += rollouts.collect(missing)
     return graded
-
-
-def problem_of(config: Config, split: Any, seed: int, index: int) -> Problem:
-    """Problem ``index`` of the mixture: which family is as much a function of the index."""
-    names, shares = list(config.problems), list(config.problems.values())
-    name = stream(seed, "family", split, index).choices(names, shares)[0]
-    return problem_at(family(name), split, seed, index)
-
-
-def held_out_problems(config: Config) -> list[Problem]:
-    """Different ones, of each family its share, and the same in every run of a mixture."""
-    total = sum(config.problems.values())
-    return [
-        problem
-        for name, share in config.problems.items()
-        for problem in distinct_problems(
-            family(name), "eval", 0, max(1, round(config.eval_problems * share / total))
-        )
-    ]
 
 
 def lr_scale(config: Config, step: int) -> float:
