@@ -1,0 +1,310 @@
+"""The user's files: what is read, what is refused with its line, and which questions never meet."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from liubai.errors import UserError
+from liubai.problems import rows
+from liubai.problems.questions import (
+    Questions,
+    digests,
+    grams,
+    near_duplicates,
+    read_questions,
+    share_of,
+    splits,
+    words,
+)
+from liubai.problems.rows import read_rows
+from liubai.problems.source import Bank, Families, source_of
+
+ROWS = [{"question": f"What is {a} plus {a + 3}?", "answer": str(2 * a + 3)} for a in range(60)]
+
+
+def jsonl(path: Path, listed: Sequence[Any]) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in listed), encoding="utf-8")
+    return str(path)
+
+
+def config(path: str, **changes: Any) -> Questions:
+    return Questions(path=path, **changes)
+
+
+# ---- reading ----
+
+
+def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    listed = [*ROWS, {"question": 'Zwei Zeilen,\n"Anführung"; 等等', "answer": "七"}]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["question", "answer"])
+        writer.writeheader()
+        writer.writerows(listed)
+    parquet.write_table(pa.Table.from_pylist(listed), tmp_path / "a.parquet")
+    jsonl(tmp_path / "a.jsonl", listed)
+    found = [
+        [row for _, row in read_rows(str(tmp_path / f"a.{kind}"))] for kind in ("jsonl", "csv", "parquet")
+    ]
+    assert found == [listed] * 3
+    assert [line for line, _ in read_rows(str(tmp_path / "a.csv"))] == list(range(2, 63))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"question": "1"}\n{"question"\n', r"a\.jsonl:2: not JSON"),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl:1: must be a JSON object"),
+        ("a.jsonl", b'\n\n{"a": "\xe9t\xe9"}\n', r"a\.jsonl:3: not UTF-8 text"),
+        ("a.jsonl", b'{"a": ' + b"[" * 100_000, r"a\.jsonl:1: not JSON"),
+        ("a.csv", b"question,answer\n1,2\n3\n", r"a\.csv:3: 1 cells, but 2 columns"),
+        ("a.csv", b"question,question\n1,2\n", r"a\.csv:1: the column 'question' is there twice"),
+        ("a.csv", b'question,answer\n"a\nb",2\n"open,3\n', r"a\.csv:4: not CSV"),
+        ("a.parquet", b"PAR1 but not really", "is not a whole Parquet file"),
+        ("a.txt", b"hello", "questions are read from .jsonl"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(read_rows(str(tmp_path / name)))
+    with pytest.raises(UserError, match="there is no file"):
+        list(read_rows(str(tmp_path / "none.jsonl")))
+
+
+def test_a_line_without_end_is_never_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "MAX_LINE", 1 << 20)
+    path = tmp_path / "a.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"question": "fine"}\n')
+        file.seek(2 << 30)  # a hole: two gigabytes that cost no disk
+        file.write(b"\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:2: the line is longer than 1 MB"):
+        list(read_rows(str(path)))
+
+
+def test_a_data_set_of_the_hub_without_the_package_or_a_network() -> None:
+    with pytest.raises(UserError, match=r"pip install 'liubai\[data\]'|the hub gave no data set"):
+        list(read_rows("hf:org/name"))
+
+
+# ---- rows to problems ----
+
+
+def test_columns_verifiers_and_what_precedes_the_answer(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        [
+            {"q": "一共有多少个苹果?", "a": "2 + 3 = 5 #### 0\n#### 5", "v": "number", "tol": 0.1},
+            {"q": "How many?", "a": "x #### 7", "tol": 0},
+        ],
+    )
+    first, second = read_questions(
+        config(
+            path,
+            question="q",
+            answer="a",
+            verifier="v",
+            meta=("tol",),
+            answer_after="####",
+            instruction="Box it.",
+        )
+    )
+    assert (first.line, first.problem.gold, first.problem.verifier, first.problem.language) == (
+        1,
+        "5",
+        "number",
+        "zh",
+    )
+    assert first.problem.meta == {"tol": 0.1}
+    assert first.problem.prompt == "Box it.\n一共有多少个苹果?"
+    assert (second.problem.verifier, second.problem.language) == ("math", "en")
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "message"),
+    [
+        (
+            {"questions": "1", "answer": "2"},
+            {},
+            r":2: there is no column 'question'; did you mean 'questions'\?",
+        ),
+        ({"question": "1"}, {}, ":2: there is no column 'answer'"),
+        ({"question": "  ", "answer": "2"}, {}, ":2: 'question' is empty"),
+        ({"question": "1", "answer": ""}, {}, ":2: 'answer' is empty"),
+        ({"question": "1", "answer": None}, {}, ":2: 'answer' must be text or a number, not null"),
+        ({"question": "1", "answer": True}, {}, ":2: 'answer' must be text or a number, not true"),
+        ({"question": "1", "answer": "5"}, {"answer_after": "####"}, ":2: 'answer' has no '####'"),
+        ({"question": "1", "answer": "5"}, {"meta": ("unit",)}, ":2: there is no column 'unit'"),
+    ],
+)
+def test_a_row_that_is_no_question(
+    row: dict[str, Any], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    good = {"question": "What is one?", "answer": "#### 1", "unit": "m"}
+    with pytest.raises(UserError, match=message):
+        read_questions(config(jsonl(tmp_path / "a.jsonl", [good, row]), **changes))
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no questions"):
+        read_questions(config(jsonl(tmp_path / "a.jsonl", [])))
+
+
+# ---- splits ----
+
+
+def test_the_split_depends_on_the_words_alone(tmp_path: Path) -> None:
+    found = read_questions(config(jsonl(tmp_path / "a.jsonl", ROWS)))
+    held_out = {q.problem.prompt for q in found if q.held_out}
+    assert 4 <= len(held_out) <= 24
+    shuffled = random.Random(0).sample(
+        [*ROWS, *({"question": f"New {i}", "answer": "1"} for i in range(9))], 69
+    )
+    for row in shuffled:
+        row = dict(row)
+        row["question"] = row["question"].upper().replace(" ", "  ")
+    again = read_questions(config(jsonl(tmp_path / "b.jsonl", shuffled)))
+    assert {q.problem.prompt for q in again if q.held_out and "New" not in q.problem.prompt} == held_out
+    train, test = splits(found)
+    assert not {p.prompt for p in train} & {p.prompt for p in test}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=80), st.sampled_from([str.upper, str.title, lambda t: f"  {t}!  "]))
+def test_spelling_does_not_move_a_question(text: str, change: Any) -> None:
+    if words(text) == words(change(text)):  # some letters have no way back from capitals
+        assert share_of(text) == share_of(change(text))
+    assert 0 <= share_of(text) < 1
+
+
+LONG = "A train leaves the old station at noon and drives {} kilometres every hour through the quiet valley"
+
+
+def test_near_duplicates_are_used_once_and_numbers_make_another_question(tmp_path: Path) -> None:
+    listed = [
+        LONG.format(80) + " until night.",
+        LONG.format(80) + ", until dusk!",  # one word
+        LONG.format(95) + " until night.",  # another number
+        "Something else entirely, with no words in common whatsoever.",
+    ]
+    assert near_duplicates(listed) == [0, 0, 2, 3]
+    found = read_questions(
+        config(jsonl(tmp_path / "a.jsonl", [{"question": q, "answer": "1"} for q in listed]))
+    )
+    assert [q.left_out for q in found] == ["", "nearly the same as line 1", "", ""]
+    assert found[0].held_out == found[1].held_out
+
+
+def plain_duplicates(texts: Sequence[str]) -> list[set[int]]:
+    """Every pair compared, groups by walking."""
+
+    def runs(text: str) -> set[tuple[str, ...]]:
+        listed = words(text)
+        return {tuple(listed[i : i + 3]) for i in range(len(listed) - 2)} or {tuple(listed)}
+
+    def alike(a: str, b: str) -> bool:
+        same = [w for w in words(a) if w.isdigit()] == [w for w in words(b) if w.isdigit()]
+        return same and len(runs(a) & runs(b)) >= 0.8 * len(runs(a) | runs(b))
+
+    groups: list[set[int]] = []
+    for i, text in enumerate(texts):
+        friends = [g for g in groups if any(alike(text, texts[j]) for j in g)]
+        groups = [g for g in groups if g not in friends] + [set.union({i}, *friends)]
+    return groups
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_near_duplicates_equal_a_comparison_of_all_pairs(rng: random.Random) -> None:
+    texts: list[str] = []
+    for _ in range(12):
+        if texts and rng.random() < 0.6:  # a change here or there
+            listed = words(rng.choice(texts))
+            for _ in range(rng.randrange(3)):
+                listed[rng.randrange(len(listed))] = rng.choice("abcdefg12")
+        else:
+            listed = [rng.choice("abcdefghij") for _ in range(rng.choice((1, 2, 8, 30)))]
+        texts.append(" ".join(listed))
+    got: dict[int, set[int]] = {}
+    for i, group in enumerate(near_duplicates(texts)):
+        got.setdefault(group, set()).add(i)
+    assert sorted(map(sorted, got.values())) == sorted(map(sorted, plain_duplicates(texts)))
+
+
+def test_questions_of_an_evaluation_set_are_not_trained_on(tmp_path: Path) -> None:
+    bench = jsonl(tmp_path / "bench.jsonl", [{"question": LONG.format(1) + " and sleeps.", "answer": "2"}])
+    listed = [*ROWS, {"question": "Hear this: " + LONG.format(1) + ". Why?", "answer": "1"}]
+    path = jsonl(tmp_path / "a.jsonl", listed)
+    free = read_questions(config(path, eval_share=0.0))
+    assert not free[-1].left_out
+    kept = read_questions(config(path, eval_share=0.0, keep_out=(bench,)))
+    assert kept[-1].left_out == f"shares ten words with {bench}"
+    assert [q.left_out for q in kept[:-1]] == [""] * len(ROWS)
+
+
+def test_ten_words_in_a_row() -> None:
+    ten, nine = "a b c d e f g h i j", "a b c d e f g h i"
+    assert grams(ten) & grams(f"x {ten} y")
+    assert not grams(nine + " k") & grams(f"x {nine} y")
+    assert grams("a b c") == grams("A, b: c!")  # a short question is compared whole
+    assert not grams("a b")  # and a very short one not at all
+
+
+# ---- where stages ask ----
+
+
+def test_a_bank_asks_every_question_once_an_epoch(tmp_path: Path) -> None:
+    bank = source_of({}, config(jsonl(tmp_path / "a.jsonl", ROWS)))
+    train, test = splits(read_questions(config(str(tmp_path / "a.jsonl"))))
+    n = len(train)
+    epochs = [[bank.train(5, e * n + i).prompt for i in range(n)] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(p.prompt for p in train)
+    assert epochs[0] != epochs[1]
+    fresh = Bank(config(str(tmp_path / "a.jsonl")))
+    assert [fresh.train(5, i).prompt for i in (2 * n + 3, 1, n)] == [epochs[2][3], epochs[0][1], epochs[1][0]]
+    assert bank.train(6, 0) != bank.train(5, 0) or bank.train(6, 1) != bank.train(5, 1)
+    held_out = bank.held_out(1000)
+    assert sorted(p.prompt for p in held_out) == sorted(p.prompt for p in test)
+    assert bank.held_out(2) == held_out[:2]
+    assert bank.longest(len) == max(len(row["question"]) for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("share", "message"), [(0.0, "holds out no question"), (1.0, "leaves nothing to train on")]
+)
+def test_a_split_of_nothing(share: float, message: str, tmp_path: Path) -> None:
+    bank = Bank(config(jsonl(tmp_path / "a.jsonl", ROWS), eval_share=share))
+    with pytest.raises(UserError, match=message):
+        bank.held_out(1)
+        bank.train(0, 0)
+
+
+def test_families_are_mixed_by_their_shares() -> None:
+    source = Families({"countdown": 3.0, "compare": 1.0})
+    asked = [source.train(0, i).family for i in range(200)]
+    assert 120 < asked.count("countdown") < 180
+    assert [source.train(0, i) for i in range(5)] == [source.train(0, i) for i in range(5)]
+    assert {p.family for p in source.held_out(8)} == {"countdown", "compare"}
+
+
+def test_a_changed_file_is_another_stage(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", ROWS)
+    before = digests(config(path))
+    assert digests(config(path)) == before
+    jsonl(tmp_path / "a.jsonl", [*ROWS[:-1], {**ROWS[-1], "answer": "0"}])
+    assert digests(config(path)) != before
