@@ -20,6 +20,7 @@ from liubai.errors import UserError
 
 if TYPE_CHECKING:
     from liubai.grade import GradeItem
+    from liubai.measure.soundness import Soundness
     from liubai.rollout.engine import Engine, Request
     from liubai.text.tokenizer import TextTokenizer
 
@@ -103,6 +104,72 @@ def _run(path: Path, overrides: Sequence[str], out: Path | None, live: bool) -> 
     page = write_report(folder)
     print(headline(folder))
     print(f"report: {page}")
+
+
+@app.command(epilog="Example: liubai init mine && liubai check mine")
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+) -> None:
+    """Begin a domain of your own: questions, a checker and a recipe to change."""
+    from liubai.files import atomic_folder
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' is there already; name a new folder, nothing was changed")
+    starter = Path(__file__).parent / "starter"
+    with atomic_folder(folder) as new:
+        for file in sorted(path for path in starter.iterdir() if path.is_file()):
+            (new / file.name).write_bytes(file.read_bytes())
+    print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")
+    print(f"next: liubai check {folder}; then name your model in {folder / 'recipe.toml'} and liubai run it")
+
+
+@app.command(epilog="Example: liubai check mine")
+def check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where recipe.toml is, or a recipe file.")],
+    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds that one verdict may take.")] = 5.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Are the questions sound? Every gold answer must pass its verifier, every cheap trick must fail."""
+    from dataclasses import asdict
+
+    from liubai.measure.soundness import soundness
+    from liubai.problems.questions import read_questions
+    from liubai.recipe import load_recipe
+    from liubai.stages.config import Brought
+    from liubai.stages.view import progress_bar
+
+    recipe = load_recipe(folder / "recipe.toml" if folder.is_dir() else folder)
+    asked = {
+        stage.config.questions.model_dump_json(): stage.config.questions
+        for stage in recipe.stages
+        if isinstance(stage.config, Brought) and stage.config.questions
+    }
+    if not asked:
+        raise UserError(f"no stage of '{recipe.name}' has questions of its own ([stages.NAME.questions])")
+    results = {}
+    for questions in asked.values():
+        with progress_bar("checking") as progress:
+            found = soundness(
+                read_questions(questions), timeout_s=timeout, progress=None if as_json else progress
+            )
+        results[questions.path] = found
+        if not as_json:
+            print(_soundness(questions.path, found))
+    sound = all(found.sound for found in results.values())
+    if as_json:
+        print(json.dumps({"sound": sound, "files": {path: asdict(found) for path, found in results.items()}}))
+    if not sound:
+        raise typer.Exit(2)
+
+
+def _soundness(path: str, found: Soundness) -> str:
+    lines = [f"{path}: {found.train} to train on, {found.held_out} held out, {found.left_out} left out"]
+    lines += [f"  '{name}': {1000 * mean:.1f} ms a verdict" for name, mean in found.seconds.items()]
+    lines += [
+        f"  line {f.line or '-'}: {'WRONG ' if f.fatal else ''}{f.kind}: {f.message}" for f in found.findings
+    ]
+    verdict = "sound" if found.sound else "not sound: what is WRONG would be learned"
+    return "\n".join([*lines, verdict])
 
 
 @app.command("eval", epilog="Example: liubai eval runs/zero/3-zero/checkpoint --problems countdown")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from liubai.errors import UserError
 from liubai.learn.advantages import Advantage, advantages, chosen, has_variance, teaches
 from liubai.learn.losses import LossConfig, LossInputs, k1, k2, k3, policy_loss, token_weights
 from liubai.learn.presets import PRESETS
@@ -404,19 +405,20 @@ def test_kl_estimators_on_average() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_a_valid_config_and_gives_way(name: str) -> None:
-    config = rl.Config(steps=1, preset=name)  # type: ignore[arg-type]
+    config = rl.Config.model_validate(rl.Config.filled({"steps": 1, "preset": name}))
     for key, value in PRESETS[name]["loss"].items():
         assert getattr(config.loss, key) == value
     assert config.advantage == PRESETS[name]["advantage"]
-    own = rl.Config.model_validate({"steps": 1, "preset": name, "loss": {"clip_high": 0.5}, "minibatches": 3})
+    raw = {"steps": 1, "preset": name, "loss": {"clip_high": 0.5}, "minibatches": 3}
+    own = rl.Config.model_validate(rl.Config.filled(raw))
     assert own.loss.clip_high == 0.5
     assert own.loss.aggregation == config.loss.aggregation
     assert own.minibatches == 3
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(ValidationError, match="no preset 'dapoo'; valid: liubai, paper-r1"):
-        rl.Config.model_validate({"steps": 1, "preset": "dapoo"})
+    with pytest.raises(UserError, match=r"no preset 'dapoo'; did you mean 'dapo'\?"):
+        rl.Config.filled({"steps": 1, "preset": "dapoo"})
 
 
 # ---- TRL's own loss on the same tensors ----

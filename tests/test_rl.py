@@ -47,7 +47,7 @@ def config_of(**changes: Any) -> rl.Config:
         "save_every": 2,
         "rewards": REWARDS,
     }
-    return rl.Config(**(plain | changes))
+    return rl.Config(**rl.Config.filled(plain | changes))
 
 
 def run(config: rl.Config, folder: Path, base: Path, *, seed: int = 0, kill_at: int | None = None) -> Path:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from liubai.errors import UserError, nearest
+
 PRESETS: dict[str, dict[str, Any]] = {
     # ours: every token counts the same, room to grow for rare tokens, no reference model
     "liubai": {
@@ -78,12 +80,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def expand(raw: dict[str, Any]) -> dict[str, Any]:
-    """``raw`` with the keys of its ``preset`` under its own. Raises ``ValueError`` for an unknown name."""
+    """``raw`` with the keys of its ``preset`` under its own. Raises ``UserError`` for an unknown name."""
     name = raw.get("preset")
     if name is None:
         return raw
     if name not in PRESETS:
-        raise ValueError(f"there is no preset '{name}'; valid: {', '.join(PRESETS)}")
+        raise UserError(f"there is no preset '{str(name)[:40]}'; {nearest(str(name), PRESETS)}")
     return _over(PRESETS[name], raw)
 
 

@@ -14,11 +14,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from liubai.errors import UserError, nearest
-from liubai.problems.rows import Row, read_rows
+from liubai.problems.rows import HUB, Row, read_rows
 from liubai.types import Problem
 
 GRAM = 10  #: words in a row that two questions may not share across the line to an evaluation set
@@ -44,6 +45,8 @@ class Questions(BaseModel):
     language: str = "language"
     meta: tuple[str, ...] = ()
     default_verifier: str = "math"
+    #: code that rows may name as their verifier: data alone never chooses what is run
+    checkers: tuple[str, ...] = ()
     #: what comes before the answer in its column, such as GSM8K's "####"; the last one counts
     answer_after: str = ""
     #: asked before every question, such as "Put the answer in \\boxed{}."
@@ -51,6 +54,25 @@ class Questions(BaseModel):
     eval_share: float = Field(0.2, ge=0, le=1)
     #: files whose questions must not be trained on; their questions stand in ``question``
     keep_out: tuple[str, ...] = ()
+
+    def located(self, folder: Path) -> Questions:
+        """The same with paths that are relative to ``folder``, where the recipe stands, made absolute."""
+
+        def place(path: str) -> str:
+            return path if path.startswith(HUB) else str((folder / path).absolute())
+
+        def code(name: str) -> str:
+            file, colon, function = name.rpartition(":")
+            return f"{place(file)}:{function}" if colon and file.endswith(".py") else name
+
+        return self.model_copy(
+            update={
+                "path": place(self.path),
+                "keep_out": tuple(map(place, self.keep_out)),
+                "default_verifier": code(self.default_verifier),
+                "checkers": tuple(map(code, self.checkers)),
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +127,16 @@ def _problem(row: Row, config: Questions, line: int) -> Problem:
         raise UserError(f"{where}: '{empty}' is empty")
     if missing := [name for name in config.meta if name not in row]:
         raise UserError(f"{where}: there is no column '{missing[0]}'; {nearest(missing[0], row)}")
-    verifier = row.get(config.verifier) or config.default_verifier
+    verifier = str(row.get(config.verifier) or config.default_verifier)
+    if ":" in verifier and verifier != config.default_verifier:
+        named = {c.rpartition("/")[2]: c for c in config.checkers}  # a recipe may stand elsewhere
+        if verifier not in named and verifier not in config.checkers:
+            raise UserError(f"{where}: '{verifier}' is code; to run it, name it in checkers")
+        verifier = named.get(verifier, verifier)
     return Problem(
         prompt=f"{config.instruction}\n{question}" if config.instruction else question,
         gold=answer,
-        verifier=str(verifier),
+        verifier=verifier,
         family="questions",
         language=str(row.get(config.language) or _language(question)),
         meta={name: row[name] for name in config.meta},

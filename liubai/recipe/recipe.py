@@ -195,7 +195,8 @@ class _Checker:
         except UserError as error:
             self._fail(f"{key}.kind", str(error))
         parents = self._parents(f"{key}.from", name, options.pop("from", []), earlier, names)
-        return StagePlan(name, kind, parents, self._config(key, module.Config, options))
+        config = self._config(key, module.Config, options).located(self._path.parent)
+        return StagePlan(name, kind, parents, config)
 
     def _parents(
         self, key: str, name: str, value: Any, earlier: list[str], names: list[str]
@@ -218,7 +219,8 @@ class _Checker:
     def _config(self, key: str, config: type[StageConfig], options: dict[str, Any]) -> StageConfig:
         try:
             # strict, and by way of JSON: "100" is no number and true no 1, but an array is a tuple
-            return config.model_validate_json(json.dumps(options, default=str), strict=True)
+            whole = json.dumps(config.filled(options), default=str)
+            return config.model_validate_json(whole, strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             at = _walk(first["loc"], options)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -19,9 +20,18 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @classmethod
+    def filled(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """What was written, and the keys that a part of it stands for. Raises ``UserError``."""
+        return raw
+
     def outside(self) -> dict[str, str]:
         """Digests of what the stage reads that is not an earlier stage's: part of its fingerprint."""
         return {}
+
+    def located(self, folder: Path) -> StageConfig:
+        """The same, with paths relative to ``folder``, where the recipe stands, made absolute."""
+        return self
 
 
 def _family_name(name: str) -> str:
@@ -45,6 +55,12 @@ class Brought(StageConfig):
 
     model: str = ""
     questions: Questions | None = None
+
+    def located(self, folder: Path) -> StageConfig:
+        near = folder / self.model
+        model = str(near.absolute()) if self.model and near.is_dir() else self.model
+        questions = self.questions.located(folder) if self.questions else None
+        return self.model_copy(update={"model": model, "questions": questions})
 
     def outside(self) -> dict[str, str]:
         found = digests(self.questions) if self.questions else {}

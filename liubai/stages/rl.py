@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from liubai.errors import Diverged, UserError
@@ -69,10 +69,9 @@ class Config(Brought):
     probes: int = Field(3, ge=0, description="held-out prompts whose answers are kept at every eval")
     save_every: int = Field(10, gt=0)
 
-    @model_validator(mode="before")
     @classmethod
-    def _expand(cls, raw: Any) -> Any:
-        return expand(raw) if isinstance(raw, dict) else raw
+    def filled(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        return expand(raw)
 
 
 def run(config: Config, context: Context) -> None:
