@@ -1,0 +1,289 @@
+"""Run a Python program that nobody trusts: bubblewrap, resource limits and a filter of system calls.
+
+Inside there is one process of an unprivileged user in namespaces of its own, the Python interpreter and
+its standard library (read-only), an empty /tmp of a few megabytes, four devices, and nothing else: no
+network, no /proc, no /etc, no home, no environment of ours, no other packages. It cannot start processes
+(threads it can). Memory is bounded by the address space of that one process plus /tmp, wall clock by a kill
+that takes the whole pid namespace with it. See :mod:`liubai.grade.seccomp` for what the kernel refuses.
+
+What remains: the program uses processor time while it runs, sees the system's clock, can read the
+interpreter's files and the machine's shared libraries, and talks to the running kernel, whose bugs no
+sandbox of this kind can rule out. Linux only; without a working bubblewrap nothing is run at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import itertools
+import math
+import os
+import platform
+import selectors
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from liubai.errors import UserError
+from liubai.grade import seccomp
+
+INSIDE = Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
+
+#: Flags of the interpreter: no site-packages, no user's settings, UTF-8 whatever the locale.
+PYTHON_FLAGS = ("-I", "-S", "-B", "-X", "utf8")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+STDERR_TAIL = 4096  #: bytes
+
+_counter = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``seconds`` of wall clock (processor time gets one more); ``output_bytes`` of stdout and stderr
+    together; ``tasks``: threads, with two to spare for the sandbox itself."""
+
+    seconds: float = 5.0
+    memory_mb: int = 512
+    output_bytes: int = 1 << 20
+    tmp_mb: int = 16
+    tasks: int = 16
+    files: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a program ended. ``status`` is its exit code, 128 + n for signal n, ``None`` when we killed it.
+
+    ``why``: ``ok`` (exit code 0), ``exit`` (another), ``memory`` (it died of a MemoryError), ``signal``,
+    ``timeout`` (wall clock or processor time), ``output`` (too much of it). ``stderr`` is the tail.
+    """
+
+    status: int | None
+    stdout: bytes
+    stderr: bytes
+    why: str
+    seconds: float
+
+
+def run(source: str, stdin: bytes = b"", limits: Limits | None = None, fds: Sequence[int] = ()) -> Result:
+    """Run the program ``source`` to its end, or to a limit; nothing of it is left when this returns.
+
+    ``fds`` stay open in the program. Raises ``UserError`` where no sandbox can be had.
+    """
+    limits = limits or Limits()
+    with spawn(source, stdin, limits, fds, subprocess.PIPE) as process:
+        return _watch(process, limits)
+
+
+@contextlib.contextmanager
+def spawn(
+    source: str,
+    stdin: bytes = b"",
+    limits: Limits | None = None,
+    fds: Sequence[int] = (),
+    output: int = subprocess.DEVNULL,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The program as a process, killed at the end of the ``with``. Nobody watches its wall clock."""
+    require()
+    with _spawn(source, stdin, limits or Limits(), fds, output) as process:
+        yield process
+
+
+@functools.cache
+def require() -> None:
+    """Raises ``UserError`` unless a sandbox works here, and holds. Tried once a process (about 30 ms)."""
+    if shutil.which("bwrap") is None:
+        raise UserError("programs are run in a sandbox: install the Debian package bubblewrap (Linux)")
+    if platform.machine() not in seccomp.MACHINES:
+        raise UserError(f"the sandbox knows {', '.join(seccomp.MACHINES)}, not {platform.machine()}")
+    limits = Limits(seconds=10.0, tasks=8)
+    with _spawn(PROBE, b"", limits, (), subprocess.PIPE) as process:
+        result = _watch(process, limits)
+    if result.why != "ok" or result.stdout != b"contained\n":
+        said = result.stderr.decode(errors="replace").strip().splitlines() or [result.why]
+        raise UserError(
+            f"the sandbox does not work here ({said[-1][:200]}): the Debian package bubblewrap needs "
+            "user namespaces, or root and the right to mount, which containers often withhold"
+        )
+
+
+#: What must not work, tried: new processes, and threads without end (old kernels count them otherwise).
+PROBE = """
+import os, socket, sys, threading
+for forbidden in (os.fork, socket.socket):
+    try:
+        forbidden()
+    except PermissionError:
+        continue
+    sys.exit("the kernel does not apply the filter of system calls")
+hold = threading.Event()
+threads = [threading.Thread(target=hold.wait, daemon=True) for _ in range(20)]
+threading.stack_size(1 << 16)
+try:
+    for thread in threads:
+        thread.start()
+    sys.exit("the kernel does not limit the number of threads")
+except RuntimeError:
+    hold.set()
+print("contained")
+"""
+
+
+@contextlib.contextmanager
+def _spawn(
+    source: str, stdin: bytes, limits: Limits, fds: Sequence[int], output: int
+) -> Iterator[subprocess.Popen[bytes]]:
+    with contextlib.ExitStack() as files:
+        program = files.enter_context(_sealed(source.encode("utf-8", "surrogatepass")))
+        typed = files.enter_context(_sealed(stdin))
+        filters = files.enter_context(_sealed(seccomp.program(platform.machine())))
+        try:
+            process = subprocess.Popen(
+                _command(program.fileno(), filters.fileno(), limits),
+                stdin=typed,
+                stdout=output,
+                stderr=output,
+                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp"},
+                pass_fds=[program.fileno(), filters.fileno(), *fds],
+            )
+        except OSError as error:
+            raise RuntimeError(f"no sandbox could be started: {error}") from error
+    with process:
+        try:
+            yield process
+        finally:
+            # bwrap's death is the death of its pid namespace's init (--die-with-parent), and with that
+            # the kernel kills whatever is in it: daemons, other sessions and process groups included
+            process.kill()
+
+
+def _sealed(data: bytes) -> IO[bytes]:
+    """A file in memory that is at its beginning and that its reader cannot make any larger."""
+    file = os.fdopen(os.memfd_create("liubai", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b")
+    file.write(data)
+    file.flush()
+    file.seek(0)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+    return file
+
+
+def _command(program: int, filters: int, limits: Limits) -> list[str]:
+    # Root needs no user namespace. It would map onto root outside, whom the kernel lets have any number
+    # of threads; so the program becomes a user of its own instead, once it is inside.
+    root = os.geteuid() == 0
+    user = ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else ["--unshare-user"]
+    return [
+        *_walls(),
+        *user,
+        *("--size", str(limits.tmp_mb << 20), "--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp"),
+        *("--remount-ro", "/", "--seccomp", str(filters), "--"),
+        *(_interpreter(), *PYTHON_FLAGS, "-c", INSIDE, str(program)),
+        *(str(_uid() if root else -1), str(math.ceil(limits.seconds) + 1), str(limits.memory_mb)),
+        *(str(limits.tasks), str(limits.files), str(limits.tmp_mb)),
+    ]
+
+
+@functools.cache
+def _walls() -> tuple[str, ...]:
+    """The arguments that are the same for every run: namespaces, and the read-only system."""
+    system = _system()
+    parents = {str(parent) for place in (*system, *DEVICES) for parent in Path(place).parents} - {"/"}
+    binds = [word for parent in sorted(parents) for word in ("--dir", parent)]  # or they would be root's
+    for place in system:
+        link = Path(place).is_symlink()
+        binds += ["--symlink", os.readlink(place), place] if link else ["--ro-bind", place, place]
+    for device in DEVICES:
+        binds += ["--dev-bind", device, device]
+    for packages in {sysconfig.get_path(kind, vars=_base()) for kind in ("purelib", "platlib")}:
+        if Path(packages).is_dir():  # what the user has installed is nobody's business
+            binds += ["--tmpfs", packages, "--remount-ro", packages]
+    return (
+        *("bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"),
+        *("--unshare-cgroup-try", "--hostname", "sandbox", "--die-with-parent", "--new-session"),
+        *("--cap-drop", "ALL", *binds),
+    )
+
+
+def _system() -> list[str]:
+    """What an interpreter needs: its file, the standard library, the system's shared libraries."""
+    libraries = ["/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib64"]
+    own = [_interpreter(), *(sysconfig.get_path(k, vars=_base()) for k in ("stdlib", "platstdlib"))]
+    shared = [str(path) for path in Path(sys.base_prefix, "lib").glob("libpython*.so*")]
+    places = [place for place in dict.fromkeys([*libraries, *own, *shared]) if Path(place).exists()]
+    inner = {p for p in places for q in libraries if p != q and Path(q) in Path(p).parents}
+    return [place for place in places if place not in inner]
+
+
+@functools.cache
+def _interpreter() -> str:
+    """The base interpreter: what a virtual environment adds is of no use inside."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def _base() -> dict[str, str]:
+    """Paths of the base installation, seen from within a virtual environment."""
+    return {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+
+
+def _uid() -> int:
+    """A user whom nobody else has: the kernel counts its threads by user. From the upper half of what
+    this user namespace (a container's, perhaps) has."""
+    with open("/proc/self/uid_map", encoding="ascii") as lines:
+        span = min(max(int(first) + int(count) for first, _, count in map(str.split, lines)), 1 << 31)
+    return span // 2 + (os.getpid() * 256 + next(_counter) % 256) % max(1, span // 2 - 1)
+
+
+def _watch(process: subprocess.Popen[bytes], limits: Limits) -> Result:
+    """Read what the program prints until it ends or reaches a limit, then see that it is dead."""
+    started = time.monotonic()
+    assert process.stdout is not None
+    assert process.stderr is not None
+    output: dict[int, bytearray] = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
+    why = ""
+    with selectors.DefaultSelector() as selector:
+        for fd in output:
+            selector.register(fd, selectors.EVENT_READ)
+        while selector.get_map() and not why:
+            left = started + limits.seconds - time.monotonic()
+            ready = selector.select(max(0.0, left)) if left > 0 else []
+            if not ready:
+                why = "timeout"
+            for key, _ in ready:
+                data = os.read(key.fd, 1 << 16)
+                output[key.fd] += data
+                if not data:
+                    selector.unregister(key.fd)
+            if sum(map(len, output.values())) > limits.output_bytes:
+                why = "output"
+    if not why:  # it has closed its output, which is not yet its end
+        try:
+            process.wait(max(0.0, started + limits.seconds - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            why = "timeout"
+    process.kill()
+    status = process.wait()
+    stdout, stderr = (bytes(data) for data in output.values())
+    return Result(
+        None if why else status,
+        stdout[: limits.output_bytes],
+        stderr[-STDERR_TAIL:],
+        why or _why(status, stderr),
+        time.monotonic() - started,
+    )
+
+
+def _why(status: int, stderr: bytes) -> str:
+    if status == 0:
+        return "ok"
+    if status > 128:
+        return "timeout" if status == 128 + 24 else "signal"  # SIGXCPU: processor time
+    last = stderr.rstrip().rpartition(b"\n")[2]
+    return "memory" if last.startswith(b"MemoryError") else "exit"
