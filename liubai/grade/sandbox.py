@@ -79,7 +79,7 @@ def run(source: str, stdin: bytes = b"", limits: Limits | None = None, fds: Sequ
     """
     limits = limits or Limits()
     with spawn(source, stdin, limits, fds, subprocess.PIPE) as process:
-        return _watch(process, limits)
+        return watch(process, limits)
 
 
 @contextlib.contextmanager
@@ -105,7 +105,7 @@ def require() -> None:
         raise UserError(f"the sandbox knows {', '.join(seccomp.MACHINES)}, not {platform.machine()}")
     limits = Limits(seconds=10.0, tasks=8)
     with _spawn(PROBE, b"", limits, (), subprocess.PIPE) as process:
-        result = _watch(process, limits)
+        result = watch(process, limits)
     if result.why != "ok" or result.stdout != b"contained\n":
         said = result.stderr.decode(errors="replace").strip().splitlines() or [result.why]
         raise UserError(
@@ -241,8 +241,11 @@ def _uid() -> int:
     return span // 2 + (os.getpid() * 256 + next(_counter) % 256) % max(1, span // 2 - 1)
 
 
-def _watch(process: subprocess.Popen[bytes], limits: Limits) -> Result:
-    """Read what the program prints until it ends or reaches a limit, then see that it is dead."""
+def watch(process: subprocess.Popen[bytes], limits: Limits) -> Result:
+    """Read what the program prints until it ends or reaches a limit, then see that it is dead.
+
+    For a process of :func:`spawn` whose ``output`` is ``subprocess.PIPE``.
+    """
     started = time.monotonic()
     assert process.stdout is not None
     assert process.stderr is not None
