@@ -9,8 +9,10 @@
   to exit with 0 and print what is expected, white space at the ends of lines and blank lines at the end
   apart. Each pair is worth the same.
 
-Options: ``meta["timeout"]``, seconds of wall clock a run (default 5), and ``meta["memory_mb"]`` (default
-512). All runs together end before the pool's own clock does: a program that hangs is *wrong*, no error.
+Options: ``meta["timeout"]``, seconds of wall clock a run (default 5); ``meta["memory_mb"]`` (default 512);
+``meta["entry_point"]``, a name that the tests take from the program even if Python has one like it (a
+program that is asked for ``sum``). All runs together end before the pool's own clock does: a program that
+hangs is *wrong*, no error.
 
 Tests and program never share a process. The tests run in a second sandbox and call the program over a
 pipe (:mod:`liubai.grade.link`): arguments and results go over by value, as exact built-in types. So a
@@ -36,13 +38,12 @@ import os
 import subprocess
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from liubai.grade import clock
-from liubai.grade.sandbox import Limits, run, spawn, watch
+from liubai.grade.sandbox import Limits, compiled, run, spawn, watch
 
-LINK = Path(__file__).with_name("link.py").read_text(encoding="utf-8")
+LINK = compiled("link")
 
 TIMEOUT_S, MAX_TIMEOUT_S = 5.0, 60.0  #: a run
 MEMORY_MB, MIN_MEMORY_MB, MAX_MEMORY_MB = 512, 64, 4096
@@ -62,7 +63,7 @@ def code(gold: str, answer: str, meta: Mapping[str, Any]) -> float:
     end = left - min(MARGIN_S, left / 4)  # "time left" at which we stop is what remains of the margin
     kind = meta.get("kind", "assert")
     if kind == "assert":
-        return _asserts(_pieces(gold), answer, _at_most(limits, end))
+        return _asserts(_pieces(gold), answer, meta, _at_most(limits, end))
     if kind == "stdio":
         pairs = _pairs(gold)
         stop_at = left - end if math.isfinite(left) else 0.0
@@ -82,6 +83,13 @@ def _option(meta: Mapping[str, Any], name: str, default: float, least: float, mo
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
         raise ValueError(f"meta '{name}' is a number from {least} to {most}, not {str(value)[:40]!r}")
     return value
+
+
+def _entry_point(meta: Mapping[str, Any]) -> str:
+    name = meta.get("entry_point", "")
+    if not isinstance(name, str):
+        raise ValueError(f"meta 'entry_point' is a name, not {str(name)[:40]!r}")
+    return name
 
 
 def _at_most(limits: Limits, seconds: float) -> Limits:
@@ -106,7 +114,7 @@ def _pieces(gold: str) -> list[tuple[str, bool]]:
 
 
 def _json_list(gold: str) -> list[Any] | None:
-    """The list that ``gold`` is as JSON, ``None`` when it is not one. Raises ``ValueError`` for a long one."""
+    """The list that ``gold`` is as JSON, ``None`` when it is none. Raises ``ValueError`` for a long one."""
     if not gold.lstrip().startswith("["):
         return None
     try:
@@ -128,14 +136,17 @@ def _parse(text: str) -> ast.Module:
         raise ValueError(f"the tests are not Python: {error}") from error
 
 
-def _asserts(pieces: Sequence[tuple[str, bool]], answer: str, limits: Limits) -> float:
+def _asserts(
+    pieces: Sequence[tuple[str, bool]], answer: str, meta: Mapping[str, Any], limits: Limits
+) -> float:
     with contextlib.ExitStack() as stack:
         calls, answers = _pipe(stack), _pipe(stack)
         fds = (calls[0].fileno(), answers[1].fileno())
-        stack.enter_context(spawn(f"{LINK}\nserve({fds[0]}, {fds[1]}, {answer!r})\n", b"", limits, fds))
+        program = f"serve({fds[0]}, {fds[1]}, {answer!r})"
+        stack.enter_context(spawn(program, b"", limits, fds, prelude=LINK))
         fds = (answers[0].fileno(), calls[1].fileno())
-        tests = f"{LINK}\nexamine({fds[0]}, {fds[1]}, {[piece for piece, _ in pieces]!r})\n"
-        process = stack.enter_context(spawn(tests, b"", limits, fds, subprocess.PIPE))
+        tests = f"examine({fds[0]}, {fds[1]}, {[piece for piece, _ in pieces]!r}, {_entry_point(meta)!r})"
+        process = stack.enter_context(spawn(tests, b"", limits, fds, subprocess.PIPE, LINK))
         for end in (*calls, *answers):
             end.close()  # the death of one side is then the end of the other's pipe
         result = watch(process, limits)

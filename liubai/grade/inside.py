@@ -1,7 +1,8 @@
 """The first code inside the sandbox: set the limits, give up root, run the program.
 
-Never imported: :mod:`liubai.grade.sandbox` passes this text to ``python -c`` with the arguments
-``PROGRAM_FD UID CPU_S MEMORY_MB TASKS FILES FILE_MB``. ``UID`` is -1 when the caller was not root.
+Never imported: :mod:`liubai.grade.sandbox` compiles this text, and its ``BOOT`` runs it and calls ``main``.
+The arguments of the process are ``FD UID CPU_S MEMORY_MB TASKS FILES FILE_MB``; ``UID`` is -1 when the caller
+was not root.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from types import ModuleType
+from types import CodeType, ModuleType
 
 
 def confine(uid: int, cpu_s: int, memory_mb: int, tasks: int, files: int, file_mb: int) -> None:
@@ -37,16 +38,11 @@ def confine(uid: int, cpu_s: int, memory_mb: int, tasks: int, files: int, file_m
         os._exit(99)  # still root: nothing may run
 
 
-def main() -> None:
-    fd, *numbers = (int(word) for word in sys.argv[1:])
-    confine(*numbers)
-    with open(fd, encoding="utf-8", errors="surrogatepass", newline="") as file:
-        source = file.read()
-    del sys.argv[1:]
-    sys.argv[0] = "program.py"
+def main(prelude: CodeType | None, source: str) -> None:
+    confine(*map(int, sys.argv[2:]))
+    sys.argv[:] = ["program.py"]
     module = ModuleType("__main__")
     sys.modules["__main__"] = module
+    if prelude is not None:
+        exec(prelude, module.__dict__)
     exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
-
-
-main()

@@ -1,6 +1,6 @@
 """The program in one sandbox, its tests in another: calls go over, plain values come back.
 
-Both ends run this text (it is put before a call of :func:`serve` or :func:`examine`, never imported there).
+Both ends run this module, in the sandbox, before a call of :func:`serve` or of :func:`examine`.
 The program's end holds no test and no expected result, so there is nothing for it to read, patch or
 leave early; the tests' end holds nothing of the program's but values of exact built-in types, whose ``==``
 is Python's own. What is not plain (an instance, a generator, a module) stays where it is, and the other
@@ -16,9 +16,12 @@ import builtins
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterable
 from types import CodeType, ModuleType
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # to import typing takes as long as to start Python
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
 MAX_MESSAGE = 64 << 20  #: bytes
 MAX_DEPTH = 200  #: of nested values
@@ -85,7 +88,9 @@ class Link:
             before = [self.encode(arg) if type(arg) in _IN_PLACE else b"" for arg in args]
             value = function(*args, **options)
             changed = {
-                i: arg for i, arg in enumerate(args) if type(arg) in _IN_PLACE and self.encode(arg) != before[i]
+                i: arg
+                for i, (arg, old) in enumerate(zip(args, before, strict=True))
+                if type(arg) in _IN_PLACE and self.encode(arg) != old
             }
             return value, changed
         if kind == "operate" and self.open_all:
@@ -169,11 +174,23 @@ class Link:
 
 
 _NUMBERS = {"fractions": "Fraction", "decimal": "Decimal"}
-_TAGS: dict[type, bytes] = {
-    **{bool: b"?", int: b"i", float: b"f", complex: b"c", str: b"s", dict: b"d"},
-    **{bytes: b"b", bytearray: b"B", list: b"l", tuple: b"t", set: b"S", frozenset: b"Z"},
+_COLLECTIONS: dict[bytes, Callable[[Iterable[Any]], Any]] = {
+    b"l": list,
+    b"t": tuple,
+    b"S": set,
+    b"Z": frozenset,
 }
-_COLLECTIONS: dict[bytes, Callable[[Iterable[Any]], Any]] = {b"l": list, b"t": tuple, b"S": set, b"Z": frozenset}
+_TAGS: dict[Any, bytes] = {  # bool before int: an instance of both is a bool
+    bool: b"?",
+    int: b"i",
+    float: b"f",
+    complex: b"c",
+    str: b"s",
+    bytes: b"b",
+    bytearray: b"B",
+    dict: b"d",
+    **{kind: tag for tag, kind in _COLLECTIONS.items()},
+}
 _IN_PLACE = (list, dict, set, bytearray)
 
 
@@ -289,8 +306,14 @@ def _rebuilt(name: Any = "", text: Any = "", *_: Any) -> Exception:
     return error
 
 
-#: Exceptions that cannot be made from a text, or that would be mistaken for the tests' own.
-_PARTICULAR = (UnicodeDecodeError, UnicodeEncodeError, UnicodeTranslateError, BaseExceptionGroup, ExceptionGroup)
+#: Exceptions that cannot be made from a text.
+_PARTICULAR = (
+    UnicodeDecodeError,
+    UnicodeEncodeError,
+    UnicodeTranslateError,
+    BaseExceptionGroup,
+    ExceptionGroup,
+)
 
 
 def serve(inbox: int, outbox: int, source: str) -> None:
@@ -306,7 +329,7 @@ def serve(inbox: int, outbox: int, source: str) -> None:
         os._exit(0)
 
 
-def examine(inbox: int, outbox: int, pieces: list[str]) -> None:
+def examine(inbox: int, outbox: int, pieces: list[str], entry_point: str) -> None:
     """The tests' end: run ``pieces`` one after the other in one namespace, and write a line for each.
 
     On the standard output that this process began with: ``pass``, ``fail`` or ``broken`` and why (the
@@ -319,8 +342,8 @@ def examine(inbox: int, outbox: int, pieces: list[str]) -> None:
     module = ModuleType("__main__")
     sys.modules["__main__"] = module
     codes = [compile(piece, "tests.py", "exec", dont_inherit=True) for piece in pieces]
-    # a program must not replace what is built in, such as abs
-    names = set[str]().union(*map(_names, codes)) - set(dir(builtins))
+    # a program must not replace what is built in, such as abs, unless it is asked to
+    names = set[str]().union(*map(_names, codes)) - (set(dir(builtins)) - {entry_point})
     link = Link(inbox, outbox, open_all=False)
     try:
         (bound,) = link.ask("bind", sorted(names))

@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import functools
 import itertools
+import marshal
 import math
 import os
 import platform
@@ -29,12 +30,28 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import IO
 
 from liubai.errors import UserError
 from liubai.grade import seccomp
 
-INSIDE = Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
+
+def compiled(name: str) -> CodeType:
+    """The module ``name`` of this folder, as code to be run in a sandbox (compiling it there takes longer
+    than all the rest)."""
+    path = Path(__file__).with_name(f"{name}.py")
+    return compile(path.read_text(encoding="utf-8"), path.name, "exec", dont_inherit=True)
+
+
+INSIDE = compiled("inside")
+
+#: Reads, from the file whose number is its first argument: the code of INSIDE, a prelude and the program.
+BOOT = """import marshal, sys
+with open(int(sys.argv[1]), "rb") as file:
+    inside, *job = marshal.loads(file.read())
+exec(inside)
+main(*job)"""
 
 #: Flags of the interpreter: no site-packages, no user's settings, UTF-8 whatever the locale.
 PYTHON_FLAGS = ("-I", "-S", "-B", "-X", "utf8")
@@ -89,10 +106,14 @@ def spawn(
     limits: Limits | None = None,
     fds: Sequence[int] = (),
     output: int = subprocess.DEVNULL,
+    prelude: CodeType | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The program as a process, killed at the end of the ``with``. Nobody watches its wall clock."""
+    """The program as a process, killed at the end of the ``with``. Nobody watches its wall clock.
+
+    ``prelude`` runs before it in the same module: code of ours, from :func:`compiled`.
+    """
     require()
-    with _spawn(source, stdin, limits or Limits(), fds, output) as process:
+    with _spawn(source, stdin, limits or Limits(), fds, output, prelude) as process:
         yield process
 
 
@@ -138,10 +159,15 @@ print("contained")
 
 @contextlib.contextmanager
 def _spawn(
-    source: str, stdin: bytes, limits: Limits, fds: Sequence[int], output: int
+    source: str,
+    stdin: bytes,
+    limits: Limits,
+    fds: Sequence[int],
+    output: int,
+    prelude: CodeType | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     with contextlib.ExitStack() as files:
-        program = files.enter_context(_sealed(source.encode("utf-8", "surrogatepass")))
+        program = files.enter_context(_sealed(marshal.dumps((INSIDE, prelude, source))))
         typed = files.enter_context(_sealed(stdin))
         filters = files.enter_context(_sealed(seccomp.program(platform.machine())))
         try:
@@ -185,7 +211,7 @@ def _command(program: int, filters: int, limits: Limits) -> list[str]:
         *user,
         *("--size", str(limits.tmp_mb << 20), "--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp"),
         *("--remount-ro", "/", "--seccomp", str(filters), "--"),
-        *(_interpreter(), *PYTHON_FLAGS, "-c", INSIDE, str(program)),
+        *(_interpreter(), *PYTHON_FLAGS, "-c", BOOT, str(program)),
         *(str(_uid() if root else -1), str(math.ceil(limits.seconds) + 1), str(limits.memory_mb)),
         *(str(limits.tasks), str(limits.files), str(limits.tmp_mb)),
     ]
@@ -249,7 +275,10 @@ def watch(process: subprocess.Popen[bytes], limits: Limits) -> Result:
     started = time.monotonic()
     assert process.stdout is not None
     assert process.stderr is not None
-    output: dict[int, bytearray] = {process.stdout.fileno(): bytearray(), process.stderr.fileno(): bytearray()}
+    output: dict[int, bytearray] = {
+        process.stdout.fileno(): bytearray(),
+        process.stderr.fileno(): bytearray(),
+    }
     why = ""
     with selectors.DefaultSelector() as selector:
         for fd in output:
