@@ -136,7 +136,7 @@ class Link:
     def _encode(self, value: Any, put: Callable[[bytes], None], depth: int) -> None:
         if depth > MAX_DEPTH:
             raise RecursionError("values are nested too deeply")
-        kind = next((base for base in type(value).__mro__ if base in _TAGS), None)
+        kind: Any = next((base for base in type(value).__mro__ if base in _TAGS), None)
         if value is None:
             put(b"N")
         elif kind is bool:
