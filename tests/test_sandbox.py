@@ -210,7 +210,9 @@ def test_network_tcp() -> None:
 
 
 def test_network_names_are_not_looked_up() -> None:
-    assert refusals("socket.gethostbyname('example.com')\nsocket.getaddrinfo('example.com', 80)") == {"gaierror"}
+    assert refusals("socket.gethostbyname('example.com')\nsocket.getaddrinfo('example.com', 80)") == {
+        "gaierror"
+    }
 
 
 def test_network_abstract_unix_socket_and_other_families() -> None:
@@ -234,21 +236,43 @@ def test_network_has_no_interface_and_no_host_name() -> None:
 def test_reading_outside(tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("hidden")
-    outside = [secret, "/etc/shadow", "/etc/passwd", "/etc/hostname", ROOT / "pyproject.toml", Path.home() / "x"]
-    outside += [__file__, "/proc/self/environ", "/sys/kernel/version", "/run", "/var", "/home", "/etc", "/proc"]
-    lines = "\n".join(f"os.stat({str(path)!r})" for path in [*outside, *Path.home().iterdir(), ROOT, tmp_path])
+    outside = [
+        secret,
+        "/etc/shadow",
+        "/etc/passwd",
+        "/etc/hostname",
+        ROOT / "pyproject.toml",
+        Path.home() / "x",
+    ]
+    outside += [
+        __file__,
+        "/proc/self/environ",
+        "/sys/kernel/version",
+        "/run",
+        "/var",
+        "/home",
+        "/etc",
+        "/proc",
+    ]
+    lines = "\n".join(
+        f"os.stat({str(path)!r})" for path in [*outside, *Path.home().iterdir(), ROOT, tmp_path]
+    )
     wanted = {"FileNotFoundError"}
     home = {str(path) for path in Path(sys.base_prefix).parents} & set(re.findall(r"'(.*)'", lines))
     lines = "\n".join(line for line in lines.splitlines() if not any(f"'{path}'" in line for path in home))
     assert refusals(lines) == wanted
     for path in home:  # the interpreter lies there: nothing else does
         listed = json.loads(said(f"import json, os; print(json.dumps(os.listdir({path!r})))"))
-        assert [Path(path, name) for name in listed] == [p for p in Path(sys.base_prefix, "x").parents if str(p.parent) == path]
+        assert [Path(path, name) for name in listed] == [
+            p for p in Path(sys.base_prefix, "x").parents if str(p.parent) == path
+        ]
 
 
 def test_reading_other_peoples_packages() -> None:
     assert refusals("import pytest\nimport torch\nimport liubai\nimport pip") == {"ModuleNotFoundError"}
-    packages = Path(sys.base_prefix, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages")
+    packages = Path(
+        sys.base_prefix, "lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "site-packages"
+    )
     if packages.is_dir() and any(packages.iterdir()):
         assert said(f"import os; print(os.listdir({str(packages)!r}))") == "[]"
 
@@ -388,7 +412,7 @@ MEMORY = {
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_bomb(name: str) -> None:
     with Watched() as watched:
-        result = attack(MEMORY[name], memory_mb=200, seconds=3.0)
+        result = attack(MEMORY[name], memory_mb=200, seconds=1.5)
     assert result.why in ("memory", "timeout", "exit", "signal")
     assert 0 < watched.peak < 260 << 20
 
@@ -410,7 +434,12 @@ def test_huge_output() -> None:
 
 
 def test_infinite_loop_and_sleep_end_on_time() -> None:
-    for source in ("while True: pass", "import time; time.sleep(1e6)", "9**9**9", "import re; re.match('(a*)*b', 'a'*99)"):
+    for source in (
+        "while True: pass",
+        "import time; time.sleep(1e6)",
+        "9**9**9",
+        "import re; re.match('(a*)*b', 'a'*99)",
+    ):
         result = attack(source, seconds=0.5)
         assert (result.why, result.status) == ("timeout", None)
         assert result.seconds < 0.5 + 0.5
@@ -419,9 +448,10 @@ def test_infinite_loop_and_sleep_end_on_time() -> None:
 
 def test_recursion_crash() -> None:
     deep = "import sys; sys.setrecursionlimit(10**9)\ndef f(): return f()\n"
-    assert attack(f"{deep}f()").why in ("signal", "memory", "exit")
     c_stack = "x = []\nfor _ in range(10**6): x = [x]\nrepr(x)"
-    assert attack(f"{deep}{c_stack}").why in ("signal", "memory", "exit")
+    for source in (f"{deep}f()", f"{deep}{c_stack}"):  # a crash, or a traceback of a million lines
+        assert attack(source, seconds=1.0).why in ("signal", "memory", "exit", "output", "timeout")
+    assert said("print('the next one is well')") == "the next one is well"
 
 
 # --- signals, survivors, peeking --------------------------------------------------------------------
@@ -528,7 +558,9 @@ def test_secrets_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hidden" not in environment
     assert "API_TOKEN" not in environment
     # what the C library was given at the start
-    assert "hidden" not in said(f"{RAW}\nlibc.getenv.restype = ctypes.c_char_p; print(libc.getenv(b'API_TOKEN'))")
+    assert "hidden" not in said(
+        f"{RAW}\nlibc.getenv.restype = ctypes.c_char_p; print(libc.getenv(b'API_TOKEN'))"
+    )
 
 
 def test_inherited_files_and_stdin() -> None:
@@ -551,7 +583,9 @@ def test_inherited_files_and_stdin() -> None:
 
 
 def test_it_is_not_root_and_cannot_become_it() -> None:
-    assert 0 not in json.loads(said("import json, os; print(json.dumps([*os.getresuid(), *os.getresgid(), *os.getgroups()]))"))
+    assert 0 not in json.loads(
+        said("import json, os; print(json.dumps([*os.getresuid(), *os.getresgid(), *os.getgroups()]))")
+    )
     assert refusals("os.setuid(0)\nos.setgid(0)\nos.setgroups([0])\nos.nice(-5)") == {"PermissionError"}
     assert refusals("resource.setrlimit(resource.RLIMIT_AS, (-1, -1))") == {"ValueError"}
 
@@ -578,7 +612,9 @@ def test_without_bubblewrap_nothing_is_run(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0 or not Path("/usr/bin/python3").exists(), reason="root becomes another")
 def test_another_user_has_the_same_sandbox(tmp_path_factory: pytest.TempPathFactory) -> None:
-    version = subprocess.run(["/usr/bin/python3", "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True)
+    version = subprocess.run(
+        ["/usr/bin/python3", "-c", "import sys; print(sys.version_info >= (3, 11))"], capture_output=True
+    )
     if version.stdout != b"True\n":
         pytest.skip("the system's Python is too old")
     with contextlib.ExitStack() as stack:
@@ -597,7 +633,16 @@ def test_another_user_has_the_same_sandbox(tmp_path_factory: pytest.TempPathFact
         )
         command = ["/usr/bin/python3", "-B", "-c", code]
         env = {"PYTHONPATH": str(home), "PATH": "/usr/bin:/bin"}
-        done = subprocess.run(command, env=env, cwd="/", user=12345, group=12345, extra_groups=[], capture_output=True, text=True)
+        done = subprocess.run(
+            command,
+            env=env,
+            cwd="/",
+            user=12345,
+            group=12345,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+        )
     if "needs user namespaces" in done.stderr:
         pytest.skip(done.stderr.splitlines()[-1])
     assert (done.stdout, done.stderr) == ("1.0 exit\n", "")
