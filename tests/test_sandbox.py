@@ -1,145 +1,27 @@
-"""Every attack is really made, and looked at from outside: nothing may have happened."""
+"""A program in the sandbox reaches no network, no file and no other process. Every attack is made."""
 
 import contextlib
 import json
 import os
-import platform
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import textwrap
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bench.memory import tree_rss
+from attacks import RAW, ROOT, attack, number, refusals, said
 
 from liubai.errors import UserError
 from liubai.grade import seccomp
-from liubai.grade.sandbox import Limits, Result, require, run
+from liubai.grade.sandbox import require
 
 try:
     require()
 except UserError as missing:
     pytest.skip(str(missing), allow_module_level=True)
-
-ROOT = Path(__file__).parents[1]
-
-#: Raw system calls, past whatever Python would check. ``call`` returns the result or the error's name.
-RAW = """
-import ctypes, errno
-libc = ctypes.CDLL(None, use_errno=True)
-def call(number, *args):
-    value = libc.syscall(number, *map(ctypes.c_long, args))
-    return value if value >= 0 else errno.errorcode[ctypes.get_errno()]
-"""
-
-
-def attack(source: str, *, stdin: bytes = b"", **limits: float) -> Result:
-    return run(textwrap.dedent(source), stdin, Limits(**{"seconds": 10.0, **limits}))  # type: ignore[arg-type]
-
-
-def said(source: str) -> str:
-    result = attack(source)
-    assert result.why == "ok", result.stderr.decode()
-    return result.stdout.decode().strip()
-
-
-def refusals(source: str) -> set[str]:
-    """What each line of ``source`` raises; the name of nothing raised is ``-``."""
-    lines = [line.strip() for line in source.strip().splitlines()]
-    done = said(
-        "import ctypes, os, socket, subprocess, multiprocessing, sys, shutil, signal, resource\n"
-        f"for line in {lines!r}:\n"
-        "    try:\n        exec(line)\n        print('-')\n"
-        "    except Exception as error:\n        print(type(error).__name__)"
-    ).split()
-    assert len(done) == len(lines)
-    return set(done)
-
-
-def number(name: str) -> int:
-    numbers = {"clone": seccomp.CLONE, "clone3": (seccomp.CLONE3,) * 2, **seccomp.REFUSED}[name]
-    found = numbers[list(seccomp.MACHINES).index(platform.machine())]
-    if found is None:
-        pytest.skip(f"no {name} on this machine")
-    return found
-
-
-def tasks(marker: str) -> list[int]:
-    """Processes whose command line has ``marker``, or all those in a sandbox where it is ``bwrap``."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                if marker.encode() in (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
-    return found
-
-
-def children() -> list[int]:
-    """All descendants of this process."""
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    family = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return sorted(family - {os.getpid()})
-
-
-def gone(pids: list[int], within: float = 0.5) -> bool:
-    """Are these processes dead (or reaped) soon?"""
-    deadline = time.monotonic() + within
-    while any(alive(pid) for pid in pids):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-class Watched:
-    """Looks at the descendants of this process a hundred times a second."""
-
-    def __init__(self) -> None:
-        self.seen: set[int] = set()
-        self.most = self.peak = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-
-    def _look(self) -> None:
-        while not self._stop.wait(0.01):
-            now = children()
-            self.seen.update(now)
-            self.most = max(self.most, len(now))
-            self.peak = max(self.peak, tree_rss(os.getpid()) - tree_rss_of_one(os.getpid()))
-
-    def __enter__(self) -> "Watched":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
-def tree_rss_of_one(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
 
 # --- what works ------------------------------------------------------------------------------------
 
@@ -205,7 +87,7 @@ def test_network_tcp() -> None:
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)):  # from outside it can be reached
             server.accept()[0].close()
-        lines = f"socket.create_connection(('127.0.0.1', {port}), 1)\nsocket.socket()\nsocket.socket(socket.AF_INET6)"
+        lines = f"socket.create_connection(('127.0.0.1', {port}), 1)\nsocket.socket()\nsocket.socket(10)"
         assert refusals(lines) == {"PermissionError"}
 
 
@@ -220,7 +102,9 @@ def test_network_abstract_unix_socket_and_other_families() -> None:
     with listener(socket.AF_UNIX, name):
         lines = f"s = socket.socket(socket.AF_UNIX); s.connect({name!r})\n"
         # netlink, packets, and the virtual machine's own line to its host, which no namespace covers
-        lines += "socket.socket(16, 3, 0)\nsocket.socket(17, 3, 0)\nsocket.socket(40, 1, 0)\nsocket.socket(38, 5, 0)"
+        lines += "\n".join(
+            f"socket.socket({family}, {kind}, 0)" for family, kind in [(16, 3), (17, 3), (40, 1)]
+        )
         assert refusals(lines) == {"PermissionError"}
     raw = f"{RAW}\nprint(call({number('socket')}, 40, 1, 0))"
     assert said(raw) == "EPERM"
@@ -347,247 +231,15 @@ def test_filling_the_disk() -> None:
 
 
 def test_opening_thousands_of_files() -> None:
-    source = "files = []\ntry:\n    while True: files.append(open('/dev/null'))\nexcept OSError as e: print(e.errno, len(files))"
+    source = """
+    files = []
+    try:
+        while True: files.append(open("/dev/null"))
+    except OSError as error: print(error.errno, len(files))
+    """
     error, opened = map(int, said(source).split())
     assert (error, opened < 64) == (24, True)
     assert refusals("resource.setrlimit(resource.RLIMIT_NOFILE, (9999, 9999))") == {"ValueError"}
-
-
-# --- processes and memory --------------------------------------------------------------------------
-
-
-def test_fork_bomb() -> None:
-    lines = """
-    os.fork()
-    os.forkpty()
-    os.posix_spawn(sys.executable, ['x'], {})
-    subprocess.run([sys.executable, '-c', ''])
-    multiprocessing.get_context('fork').Process(target=print).start()
-    """
-    with Watched() as watched:
-        # without /dev/shm multiprocessing does not even get as far as forking
-        assert refusals(lines) <= {"PermissionError", "OSError", "FileNotFoundError"}
-        bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-        assert attack(bomb, seconds=1.0).why == "timeout"
-    # bwrap, the init of its namespace, and the program
-    assert 0 < watched.most <= 3
-
-
-@pytest.mark.parametrize("name", ["fork", "vfork", "clone", "clone3"])
-def test_fork_bomb_by_raw_system_calls(name: str) -> None:
-    expected = "ENOSYS" if name == "clone3" else "EPERM"
-    assert said(f"{RAW}\nprint(call({number(name)}, 17, 0, 0, 0, 0))") == expected
-    new_user_namespace = 0x10000000 | 17
-    assert said(f"{RAW}\nprint(call({number('clone')}, {new_user_namespace}, 0, 0, 0, 0))") == "EPERM"
-
-
-def test_thread_bomb() -> None:
-    source = """
-    import threading
-    threading.stack_size(1 << 16)
-    hold, started = threading.Event(), 0
-    try:
-        while True:
-            threading.Thread(target=hold.wait, daemon=True).start()
-            started += 1
-    except RuntimeError:
-        print(started)
-    hold.set()
-    """
-    assert 8 <= int(said(source)) <= 16
-
-
-MEMORY = {
-    "bytearray": "x = []\nwhile True: x.append(bytearray(1 << 24))",
-    "small objects": "x = []\nwhile True: x.append([None] * 100)",
-    "mmap": "import mmap\nx = []\nwhile True: x.append(mmap.mmap(-1, 1 << 24)); x[-1].write(b'x' * (1 << 24))",
-    "integers": "x = 3\nwhile True: x = x * x",
-    "threads": (
-        "import threading\ndef eat():\n    x = []\n    while True: x.append(bytearray(1 << 22))\n"
-        "for _ in range(8): threading.Thread(target=eat).start()"
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MEMORY)
-def test_memory_bomb(name: str) -> None:
-    with Watched() as watched:
-        result = attack(MEMORY[name], memory_mb=200, seconds=1.5)
-    assert result.why in ("memory", "timeout", "exit", "signal")
-    assert 0 < watched.peak < 260 << 20
-
-
-@pytest.mark.parametrize("name", ["shmget", "msgget", "semget", "mq_open", "memfd_create", "memfd_secret"])
-def test_memory_that_no_process_owns(name: str) -> None:
-    assert said(f"{RAW}\nprint(call({number(name)}, 0, 1 << 30, 0o1600))") in ("EPERM", "EFAULT")
-    assert said(f"{RAW}\nprint(call({number(name)}, 0, 1 << 30, 0o1600))") == "EPERM"
-
-
-def test_huge_output() -> None:
-    for stream in (1, 2):
-        started = time.monotonic()
-        result = attack(f"import os\nwhile True: os.write({stream}, b'x' * 65536)", output_bytes=1 << 18)
-        assert result.why == "output"
-        assert len(result.stdout) <= 1 << 18
-        assert len(result.stderr) <= 4096
-        assert time.monotonic() - started < 5
-
-
-def test_infinite_loop_and_sleep_end_on_time() -> None:
-    for source in (
-        "while True: pass",
-        "import time; time.sleep(1e6)",
-        "9**9**9",
-        "import re; re.match('(a*)*b', 'a'*99)",
-    ):
-        result = attack(source, seconds=0.5)
-        assert (result.why, result.status) == ("timeout", None)
-        assert result.seconds < 0.5 + 0.5
-    assert gone(children())
-
-
-def test_recursion_crash() -> None:
-    deep = "import sys; sys.setrecursionlimit(10**9)\ndef f(): return f()\n"
-    c_stack = "x = []\nfor _ in range(10**6): x = [x]\nrepr(x)"
-    for source in (f"{deep}f()", f"{deep}{c_stack}"):  # a crash, or a traceback of a million lines
-        assert attack(source, seconds=1.0).why in ("signal", "memory", "exit", "output", "timeout")
-    assert said("print('the next one is well')") == "the next one is well"
-
-
-# --- signals, survivors, peeking --------------------------------------------------------------------
-
-
-def test_signal_games() -> None:
-    bystander = subprocess.Popen(["sleep", "30"])
-    try:
-        source = f"""
-        import os, signal
-        print(os.getppid(), os.getpid(), os.getsid(0) != 0)
-        for pid in (os.getppid(), 1, -1, {os.getpid()}, {bystander.pid}, -{os.getpgid(0)}):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except OSError:
-                pass
-        print("still here")
-        """
-        result = attack(source)
-        assert result.why in ("ok", "signal")
-        assert bystander.poll() is None
-    finally:
-        bystander.kill()
-        bystander.wait()
-
-
-def test_ignoring_every_signal_does_not_help() -> None:
-    source = """
-    import signal, time
-    for n in range(1, 64):
-        try: signal.signal(n, signal.SIG_IGN)
-        except (OSError, ValueError): pass
-    while True: time.sleep(1)
-    """
-    with Watched() as watched:
-        result = attack(source, seconds=0.5)
-    assert result.why == "timeout"
-    assert result.seconds < 1.0
-    assert watched.seen
-    assert gone(list(watched.seen))
-
-
-DAEMON = """
-import os, time
-for step in (os.fork, os.setsid, os.fork):
-    try:
-        if step() and step is os.fork: os._exit(0)
-    except OSError as error:
-        print(step.__name__, error.errno)
-print("up", flush=True)
-os.closerange(0, 3)
-time.sleep(60)
-"""
-
-
-def test_leaving_a_daemon_behind() -> None:
-    with Watched() as watched:
-        result = attack(DAEMON, seconds=1.0)
-    assert result.why == "timeout"  # closing its output is not an end
-    assert result.stdout.splitlines()[-1] == b"up"
-    assert watched.seen
-    assert gone(list(watched.seen))
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_the_death_of_the_caller_is_the_death_of_the_sandbox(how: signal.Signals) -> None:
-    code = f"from liubai.grade.sandbox import Limits, run; run({DAEMON!r}, limits=Limits(seconds=60.0))"
-    caller = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
-    deadline = time.monotonic() + 20
-    while len(family := children()) < 4 and time.monotonic() < deadline:  # caller, bwrap, init, program
-        time.sleep(0.02)
-    time.sleep(0.2)
-    family = children()
-    assert len(family) >= 4
-    caller.send_signal(how)
-    caller.wait()
-    assert gone(family)
-
-
-def test_peeking_at_other_processes() -> None:
-    lines = """
-    open('/proc/1/environ').read()
-    open('/proc/self/status').read()
-    os.listdir('/proc')
-    os.listdir('/proc/1/root')
-    os.stat('/sys')
-    """
-    assert refusals(lines) == {"FileNotFoundError"}
-    assert refusals("os.kill(%d, 0)\nos.getpgid(%d)" % (os.getpid(), os.getpid())) == {"ProcessLookupError"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["ptrace", "process_vm_readv", "kcmp", "unshare", "setns", "mount", "bpf", "keyctl", "io_uring_setup"]
-    + ["userfaultfd", "perf_event_open", "pidfd_open", "open_by_handle_at", "chroot", "personality"],
-)
-def test_ways_into_other_processes_and_the_kernel(name: str) -> None:
-    assert said(f"{RAW}\nprint(call({number(name)}, 16, 1, 0, 0))") == "EPERM"
-
-
-def test_secrets_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("API_TOKEN", "hidden-token")
-    environment = said("import os; print(dict(os.environ))")
-    assert "hidden" not in environment
-    assert "API_TOKEN" not in environment
-    # what the C library was given at the start
-    assert "hidden" not in said(
-        f"{RAW}\nlibc.getenv.restype = ctypes.c_char_p; print(libc.getenv(b'API_TOKEN'))"
-    )
-
-
-def test_inherited_files_and_stdin() -> None:
-    held = os.open(ROOT / "pyproject.toml", os.O_RDONLY)
-    os.set_inheritable(held, True)
-    try:
-        source = """
-        import os, stat
-        for fd in range(64):
-            try: print(fd, stat.S_ISREG(os.fstat(fd).st_mode), os.fstat(fd).st_size)
-            except OSError: pass
-        """
-        sizes = [line.split() for line in said(source).splitlines()]
-        assert str((ROOT / "pyproject.toml").stat().st_size) not in [size for _, _, size in sizes]
-    finally:
-        os.close(held)
-    # its own input is a file in memory that cannot grow, and there is no terminal to type into
-    lines = "os.write(0, b'x' * (1 << 20))\nos.ftruncate(0, 1 << 30)\nopen('/dev/tty')\nopen('/dev/pts/0')"
-    assert refusals(lines) <= {"PermissionError", "OSError", "FileNotFoundError"}
-
-
-def test_it_is_not_root_and_cannot_become_it() -> None:
-    assert 0 not in json.loads(
-        said("import json, os; print(json.dumps([*os.getresuid(), *os.getresgid(), *os.getgroups()]))")
-    )
-    assert refusals("os.setuid(0)\nos.setgid(0)\nos.setgroups([0])\nos.nice(-5)") == {"PermissionError"}
-    assert refusals("resource.setrlimit(resource.RLIMIT_AS, (-1, -1))") == {"ValueError"}
 
 
 # --- where it does not work -------------------------------------------------------------------------
