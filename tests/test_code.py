@@ -17,7 +17,7 @@ from liubai.errors import UserError
 from liubai.grade import GradeItem, GraderPool, clock, grade_lines
 from liubai.grade.code import code
 from liubai.grade.link import Decoder, Link, Remote
-from liubai.grade.sandbox import require
+from liubai.grade.sandbox import require, run
 
 try:
     require()
@@ -110,7 +110,7 @@ def test_humaneval_mutants_fail() -> None:
             print(f"--- survives: {task}\n{mutant}")
         print(f"{len(survivors)} of {len(tried)} mutants survive")
     # "return None" comes first: it never survives
-    firsts = {task: mutant for task, mutant in reversed(tried)}
+    firsts = dict(reversed(tried))
     assert not [task for task, mutant in survivors if firsts[task] == mutant]
     assert len(survivors) <= 0.05 * len(tried)
 
@@ -174,22 +174,23 @@ CHEATS = {
     "patched operator": "import operator\noperator.eq = lambda a, b: True\ndef f(x): return 99",
     "frames": (
         "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n"
-        "        for const in [*frame.f_code.co_consts, *frame.f_locals.values(), *frame.f_globals.values()]:\n"
-        "            if const == 1764: return const\n        frame = frame.f_back"
+        "        if int('1764') in frame.f_code.co_consts: return int('1764')\n"
+        "        frame = frame.f_back"
     ),
     "garbage": (
         "import gc\ndef f(x):\n    for thing in gc.get_objects():\n"
         "        if isinstance(thing, str) and '1764' in thing: return 1764"
     ),
     "its own file": (
-        "import os\ndef f(x):\n    for folder in ('/tmp', '/proc/self/fd', '.'):\n        for name in os.listdir(folder):\n"
+        "import os\ndef f(x):\n    for folder in ('/tmp', '/proc/self/fd', '.'):\n"
+        "        for name in os.listdir(folder):\n"
         "            if '1764' in open(folder + '/' + name).read(): return 1764"
     ),
     "memory": "def f(x): return 1764 if b'1764' in open('/proc/self/mem', 'rb').read() else 0",
     "its input": "import sys\ndata = sys.stdin.read()\ndef f(x): return 1764 if '1764' in data else 0",
     "trace": "import sys\nsys.settrace(lambda *a: None)\ndef f(x): return None",
     "an exception class": "class AssertionError(Exception): pass\ndef f(x): raise AssertionError",
-    "a test framework": "import sys, types\nsys.modules['unittest'] = types.ModuleType('unittest')\ndef f(x): pass",
+    "a test framework": "import sys\nsys.modules['math'] = sys.modules['unittest'] = sys\ndef f(x): pass",
     "an import that is not there": "def f(x): raise ImportError('the tests are broken')",
     "a module that is not there": "import sys\nmath = type(sys)('math.broken')\nf = math",
     "nothing": "pass",
@@ -214,6 +215,29 @@ def test_the_gold_of_the_cheats_has_a_solution() -> None:
     assert code(GOLD, "def f(x): return x * x", {}) == 1.0
 
 
+#: Golds that these cheats would pass if tests and program shared a process.
+FOOLED = {
+    "sys.exit": GOLD,
+    "os._exit": GOLD,
+    "exit when called": GOLD,
+    "sys.exit when called": GOLD,
+    "atexit": GOLD,
+    "equal to everything": "assert f(42) == 1764",
+    "equal to everything, no int": "assert f(42) == 1764 and abs(f(42) - 1764) < 1e-6 and 5 in [f(1)]",
+    "everything is what f is": "assert abs(f - 1764) < 1e-6",
+    "patched builtins": "assert abs(f(42) - 1764) < 1e-6",
+    "patched math": "import math\nassert math.isclose(f(42), 1764)",
+    "patched operator": "import operator\nassert operator.eq(f(42), 1764)",
+    "frames": "assert f(42) == 1764",
+}
+
+
+@pytest.mark.parametrize("name", FOOLED)
+def test_cheat_that_one_process_would_pay(name: str) -> None:
+    assert run(f"{CHEATS[name]}\n{FOOLED[name]}").why == "ok"
+    assert code(FOOLED[name], CHEATS[name], {}) == 0.0
+
+
 @pytest.mark.parametrize("name", CHEATS)
 def test_cheat(name: str) -> None:
     assert code(GOLD, CHEATS[name], {"timeout": 2.0}) == 0.0
@@ -232,10 +256,20 @@ FORGED = {
 
 @pytest.mark.parametrize("name", FORGED)
 def test_forged_messages(name: str) -> None:
-    forge = f"import os\nfor fd in range(3, 64):\n    try: os.write(fd, {FORGED[name]!r})\n    except OSError: pass\n"
-    assert code(GOLD, f"{forge}import time; time.sleep(0.2)", {"timeout": 2.0}) == 0.0
-    assert code(GOLD, f"def f(x):\n    {forge.replace(chr(10), chr(10) + '    ')}", {"timeout": 2.0}) == 0.0
+    forge = (
+        "import os, time\ndef f(x):\n    for fd in range(3, 64):\n"
+        f"        try: os.write(fd, {FORGED[name]!r})\n        except OSError: pass\n"
+    )
+    assert code(GOLD, f"{forge}\nf(0); time.sleep(0.2)", {"timeout": 2.0}) == 0.0
+    assert code(GOLD, forge, {"timeout": 2.0}) == 0.0
 
+
+FRAMEWORK = """
+import unittest
+class T(unittest.TestCase):
+    def test(self): self.assertEqual(f(1), 2)
+unittest.main()
+"""
 
 # --- what the tests may do with a program -------------------------------------------------------------
 
@@ -254,16 +288,16 @@ def test_forged_messages(name: str) -> None:
          "    def __len__(self): return len(self.a)"),
         ("assert P(1) == P(1) and P(1) != P(2) and P(1) != 1",
          "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int"),
-        ("try:\n    f(0)\nexcept ZeroDivisionError as e:\n    assert 'zero' in str(e)\nelse:\n    assert False",
+        ("try:\n    f(0)\n    assert False\nexcept ZeroDivisionError as e:\n    assert 'zero' in str(e)",
          "def f(x): return 1 / x"),
         ("assert f(x=1, y=2) == [1, 2] and f(*(3, 4)) == [3, 4]", "def f(x, y): return [x, y]"),
         ("assert N == 5 and math.pi > 3", "import math\nN = 5"),
-        ("assert type(f()) is dict and f() == {'a': 2}", "from collections import Counter\ndef f(): return Counter('aa')"),
+        ("assert type(f()) is dict and f() == {'a': 2}",
+         "from collections import Counter\ndef f(): return Counter('aa')"),
         ("assert f(F(1, 3)) == F(2, 3) and f(D('0.1')) == D('0.2')", "def f(x): return 2 * x\n"
          "from fractions import Fraction as F\nfrom decimal import Decimal as D"),
         ("assert sum(10, 15) == 6", "def sum(a, b): return 6"),
-        ("import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 2)\nunittest.main()",
-         "def f(x): return 2"),
+        (FRAMEWORK, "def f(x): return 2"),
     ],
 )  # fmt: skip
 def test_tests_that_pass(gold: str, program: str) -> None:
@@ -271,8 +305,7 @@ def test_tests_that_pass(gold: str, program: str) -> None:
 
 
 def test_a_wrong_program_fails_a_test_framework() -> None:
-    gold = "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 2)\nunittest.main()"
-    assert code(gold, "def f(x): return 3", {}) == 0.0
+    assert code(FRAMEWORK, "def f(x): return 3", {}) == 0.0
 
 
 def test_the_score_is_the_share_of_asserts_that_pass() -> None:
@@ -387,8 +420,8 @@ def test_the_clock_is_the_pools() -> None:
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
     | st.complex_numbers(allow_nan=False) | st.integers(10**400, 10**401) | st.characters(categories=["Cs"]),
-    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(), inner)
-    | st.sets(st.integers()) | st.frozensets(st.text()),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner)
+    | st.dictionaries(st.text() | st.integers(), inner) | st.sets(st.integers()) | st.frozensets(st.text()),
     max_leaves=20,
 )  # fmt: skip
 

@@ -209,23 +209,8 @@ def test_peeking_at_other_processes() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "ptrace",
-        "process_vm_readv",
-        "kcmp",
-        "unshare",
-        "setns",
-        "mount",
-        "bpf",
-        "keyctl",
-        "io_uring_setup",
-        "userfaultfd",
-        "perf_event_open",
-        "pidfd_open",
-        "open_by_handle_at",
-        "chroot",
-        "personality",
-    ],
+    "ptrace process_vm_readv kcmp unshare setns mount bpf keyctl io_uring_setup userfaultfd perf_event_open "
+    "pidfd_open open_by_handle_at chroot personality".split(),  # noqa: SIM905
 )
 def test_ways_into_other_processes_and_the_kernel(name: str) -> None:
     assert said(f"{RAW}\nprint(call({number(name)}, 16, 1, 0, 0))") == "EPERM"
