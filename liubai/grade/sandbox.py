@@ -232,7 +232,8 @@ def _walls() -> tuple[str, ...]:
         if Path(packages).is_dir():  # what the user has installed is nobody's business
             binds += ["--tmpfs", packages, "--remount-ro", packages]
     return (
-        *(shutil.which("bwrap") or "bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"),
+        shutil.which("bwrap") or "bwrap",
+        *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"),
         *("--unshare-cgroup-try", "--hostname", "sandbox", "--die-with-parent", "--new-session"),
         *("--cap-drop", "ALL", *binds),
     )
