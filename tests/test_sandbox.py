@@ -15,8 +15,9 @@ import pytest
 from attacks import RAW, ROOT, attack, number, refusals, said
 
 from liubai.errors import UserError
-from liubai.grade import seccomp
-from liubai.grade.sandbox import require
+from liubai.grade import sandbox, seccomp
+from liubai.grade.code import code
+from liubai.grade.sandbox import Limits, require, run
 
 try:
     require()
@@ -246,20 +247,40 @@ def test_opening_thousands_of_files() -> None:
 
 
 def test_without_bubblewrap_nothing_is_run(tmp_path: Path) -> None:
-    code = "from liubai.grade.sandbox import run; run(\"open('ran', 'w')\")"
+    script = "from liubai.grade.sandbox import run; run(\"open('ran', 'w')\")"
     env = {"PYTHONPATH": str(ROOT), "PATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
     assert "UserError: programs are run in a sandbox: install the Debian package bubblewrap" in done.stderr
     broken = tmp_path / "bwrap"  # such as one that is not allowed to make namespaces
     broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
     broken.chmod(0o755)
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert "does not work here (bwrap: No permissions to create new namespace)" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (
+        "no sandbox works here (the sandbox did not start (bwrap: No permissions to create new namespace))"
+        in done.stderr
+    )
     # one that runs the program as it is, in no sandbox at all
     broken.write_text('#!/bin/bash\nwhile [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n')
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert "UserError: the sandbox does not work here" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "UserError: no sandbox works here" in done.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_sandbox_that_does_not_come_up_is_nobodys_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_walls", lambda: ("/bin/sh", "-c", "echo no memory >&2; exit 1"))
+    with pytest.raises(RuntimeError, match=r"did not start \(no memory\)"):
+        run("print(1)")
+    with pytest.raises(RuntimeError, match="did not start"):
+        code("assert f(1)", "f = print", {})
+    monkeypatch.setattr(sandbox, "_walls", lambda: ("/bin/sh", "-c", "exec sleep 60"))
+    with pytest.raises(RuntimeError, match=r"did not start"):
+        run("print(1)", limits=Limits(seconds=0.2))
 
 
 @pytest.mark.skipif(os.getuid() != 0 or not Path("/usr/bin/python3").exists(), reason="root becomes another")
@@ -279,11 +300,11 @@ def test_another_user_has_the_same_sandbox(tmp_path_factory: pytest.TempPathFact
         shutil.copy(ROOT / "liubai" / "errors.py", home / "liubai")
         for name in ("sandbox", "seccomp", "inside", "link", "code", "clock"):
             shutil.copy(ROOT / "liubai" / "grade" / f"{name}.py", package)
-        code = (
+        script = (
             "from liubai.grade.code import code\nfrom liubai.grade.sandbox import run\n"
             "print(code('assert f(1) == 2', 'def f(x): return x + 1', {}), run('import os; os.fork()').why)"
         )
-        command = ["/usr/bin/python3", "-B", "-c", code]
+        command = ["/usr/bin/python3", "-B", "-c", script]
         env = {"PYTHONPATH": str(home), "PATH": "/usr/bin:/bin"}
         done = subprocess.run(
             command,
@@ -295,7 +316,7 @@ def test_another_user_has_the_same_sandbox(tmp_path_factory: pytest.TempPathFact
             capture_output=True,
             text=True,
         )
-    if "needs user namespaces" in done.stderr:
+    if "no sandbox works here" in done.stderr:
         pytest.skip(done.stderr.splitlines()[-1])
     assert (done.stdout, done.stderr) == ("1.0 exit\n", "")
 

@@ -56,7 +56,8 @@ MARGIN_S = 0.5
 def code(gold: str, answer: str, meta: Mapping[str, Any]) -> float:
     """The share of its tests that the program ``answer`` passes, from 0 to 1.
 
-    Raises ``ValueError`` when the gold or the options are unusable, ``UserError`` without a sandbox.
+    Raises ``ValueError`` when the gold or the options are unusable, ``UserError`` where there is no
+    sandbox and ``RuntimeError`` when one did not come up in time.
     """
     limits = _limits(meta)
     left = clock.left()
@@ -143,13 +144,14 @@ def _asserts(
         calls, answers = _pipe(stack), _pipe(stack)
         fds = (calls[0].fileno(), answers[1].fileno())
         program = f"serve({fds[0]}, {fds[1]}, {answer!r})"
-        stack.enter_context(spawn(program, b"", limits, fds, prelude=LINK))
+        served = stack.enter_context(spawn(program, b"", limits, fds, prelude=LINK))
         fds = (answers[0].fileno(), calls[1].fileno())
         tests = f"examine({fds[0]}, {fds[1]}, {[piece for piece, _ in pieces]!r}, {_entry_point(meta)!r})"
-        process = stack.enter_context(spawn(tests, b"", limits, fds, subprocess.PIPE, LINK))
+        examined = stack.enter_context(spawn(tests, b"", limits, fds, subprocess.PIPE, LINK))
         for end in (*calls, *answers):
             end.close()  # the death of one side is then the end of the other's pipe
-        result = watch(process, limits)
+        result = watch(examined, limits)
+        served.check()
     lines = result.stdout.decode(errors="replace").split("\n")[:-1]  # without what was cut off
     for line in lines:
         if line.startswith("broken"):

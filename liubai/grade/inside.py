@@ -1,8 +1,8 @@
 """The first code inside the sandbox: set the limits, give up root, run the program.
 
 Never imported: :mod:`liubai.grade.sandbox` compiles this text, and its ``BOOT`` runs it and calls ``main``.
-The arguments of the process are ``FD UID CPU_S MEMORY_MB TASKS FILES FILE_MB``; ``UID`` is -1 when the caller
-was not root.
+The arguments of the process are ``FD STARTED UID CPU_S MEMORY_MB TASKS FILES FILE_MB``. A byte is written to
+the file ``STARTED`` when all is set up; ``UID`` is -1 when the caller was not root.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def confine(uid: int, cpu_s: int, memory_mb: int, tasks: int, files: int, file_m
 
 
 def main(prelude: CodeType | None, source: str) -> None:
-    confine(*map(int, sys.argv[2:]))
+    started, *limits = map(int, sys.argv[2:])
+    confine(*limits)
+    os.write(started, b"1")
+    os.close(started)
     sys.argv[:] = ["program.py"]
     module = ModuleType("__main__")
     sys.modules["__main__"] = module

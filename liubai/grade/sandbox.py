@@ -89,14 +89,31 @@ class Result:
     seconds: float
 
 
+class Sandbox:
+    """A sandbox that is running. ``process`` is bwrap; its death is that of all that it holds."""
+
+    def __init__(self, process: subprocess.Popen[bytes], started: IO[bytes]) -> None:
+        self.process, self._started = process, started
+
+    def check(self) -> None:
+        """Raises ``RuntimeError`` when the program has not begun: it is then not to blame for anything.
+
+        A byte says so that is written before the program's first line. For use when the process has ended
+        or is no longer wanted: the byte is read but once.
+        """
+        if not self._started.read(1):
+            raise RuntimeError("the sandbox did not start")
+
+
 def run(source: str, stdin: bytes = b"", limits: Limits | None = None, fds: Sequence[int] = ()) -> Result:
     """Run the program ``source`` to its end, or to a limit; nothing of it is left when this returns.
 
-    ``fds`` stay open in the program. Raises ``UserError`` where no sandbox can be had.
+    ``fds`` stay open in the program. Raises ``UserError`` where no sandbox can be had, ``RuntimeError`` when
+    this one did not come up in time.
     """
     limits = limits or Limits()
-    with spawn(source, stdin, limits, fds, subprocess.PIPE) as process:
-        return watch(process, limits)
+    with spawn(source, stdin, limits, fds, subprocess.PIPE) as sandbox:
+        return watch(sandbox, limits)
 
 
 @contextlib.contextmanager
@@ -107,14 +124,14 @@ def spawn(
     fds: Sequence[int] = (),
     output: int = subprocess.DEVNULL,
     prelude: CodeType | None = None,
-) -> Iterator[subprocess.Popen[bytes]]:
+) -> Iterator[Sandbox]:
     """The program as a process, killed at the end of the ``with``. Nobody watches its wall clock.
 
     ``prelude`` runs before it in the same module: code of ours, from :func:`compiled`.
     """
     require()
-    with _spawn(source, stdin, limits or Limits(), fds, output, prelude) as process:
-        yield process
+    with _spawn(source, stdin, limits or Limits(), fds, output, prelude) as sandbox:
+        yield sandbox
 
 
 @functools.cache
@@ -125,14 +142,19 @@ def require() -> None:
     if platform.machine() not in seccomp.MACHINES:
         raise UserError(f"the sandbox knows {', '.join(seccomp.MACHINES)}, not {platform.machine()}")
     limits = Limits(seconds=10.0, tasks=8)
-    with _spawn(PROBE, b"", limits, (), subprocess.PIPE) as process:
-        result = watch(process, limits)
-    if result.why != "ok" or result.stdout != b"contained\n":
-        said = result.stderr.decode(errors="replace").strip().splitlines() or [result.why]
-        raise UserError(
-            f"the sandbox does not work here ({said[-1][:200]}): the Debian package bubblewrap needs "
-            "user namespaces, or root and the right to mount, which containers often withhold"
-        )
+    try:
+        with _spawn(PROBE, b"", limits, (), subprocess.PIPE) as sandbox:
+            result = watch(sandbox, limits)
+    except RuntimeError as error:
+        said = str(error)
+    else:
+        if result.stdout == b"contained\n":
+            return
+        said = f"{result.why}: {result.stderr.decode(errors='replace').strip()}"
+    raise UserError(
+        f"no sandbox works here ({said.splitlines()[-1][-200:]}): the Debian package bubblewrap needs user "
+        "namespaces, or root and the right to mount, which containers often withhold"
+    )
 
 
 #: What must not work, tried: new processes, and threads without end (old kernels count them otherwise).
@@ -165,29 +187,32 @@ def _spawn(
     fds: Sequence[int],
     output: int,
     prelude: CodeType | None = None,
-) -> Iterator[subprocess.Popen[bytes]]:
+) -> Iterator[Sandbox]:
     with contextlib.ExitStack() as files:
         program = files.enter_context(_sealed(marshal.dumps((INSIDE, prelude, source))))
         typed = files.enter_context(_sealed(stdin))
         filters = files.enter_context(_sealed(seccomp.program(platform.machine())))
+        reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        started = files.enter_context(os.fdopen(reading, "rb", 0))
+        ready = files.enter_context(os.fdopen(writing, "wb", 0))
         try:
             process = subprocess.Popen(
-                _command(program.fileno(), filters.fileno(), limits),
+                _command(program.fileno(), ready.fileno(), filters.fileno(), limits),
                 stdin=typed,
                 stdout=output,
                 stderr=output,
                 env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp"},
-                pass_fds=[program.fileno(), filters.fileno(), *fds],
+                pass_fds=[program.fileno(), ready.fileno(), filters.fileno(), *fds],
             )
         except OSError as error:
             raise RuntimeError(f"no sandbox could be started: {error}") from error
-    with process:
-        try:
-            yield process
-        finally:
-            # bwrap's death is the death of its pid namespace's init (--die-with-parent), and with that
-            # the kernel kills whatever is in it: daemons, other sessions and process groups included
-            process.kill()
+        with process:
+            try:
+                yield Sandbox(process, started)
+            finally:
+                # bwrap's death is the death of its pid namespace's init (--die-with-parent), and with that
+                # the kernel kills whatever is in it: daemons, other sessions and process groups included
+                process.kill()
 
 
 def _sealed(data: bytes) -> IO[bytes]:
@@ -201,7 +226,7 @@ def _sealed(data: bytes) -> IO[bytes]:
     return file
 
 
-def _command(program: int, filters: int, limits: Limits) -> list[str]:
+def _command(program: int, ready: int, filters: int, limits: Limits) -> list[str]:
     # Root needs no user namespace. It would map onto root outside, whom the kernel lets have any number
     # of threads; so the program becomes a user of its own instead, once it is inside.
     root = os.geteuid() == 0
@@ -211,7 +236,7 @@ def _command(program: int, filters: int, limits: Limits) -> list[str]:
         *user,
         *("--size", str(limits.tmp_mb << 20), "--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp"),
         *("--remount-ro", "/", "--seccomp", str(filters), "--"),
-        *(_interpreter(), *PYTHON_FLAGS, "-c", BOOT, str(program)),
+        *(_interpreter(), *PYTHON_FLAGS, "-c", BOOT, str(program), str(ready)),
         *(str(_uid() if root else -1), str(math.ceil(limits.seconds) + 1), str(limits.memory_mb)),
         *(str(limits.tasks), str(limits.files), str(limits.tmp_mb)),
     ]
@@ -268,12 +293,13 @@ def _uid() -> int:
     return span // 2 + (os.getpid() * 256 + next(_counter) % 256) % max(1, span // 2 - 1)
 
 
-def watch(process: subprocess.Popen[bytes], limits: Limits) -> Result:
+def watch(sandbox: Sandbox, limits: Limits) -> Result:
     """Read what the program prints until it ends or reaches a limit, then see that it is dead.
 
-    For a process of :func:`spawn` whose ``output`` is ``subprocess.PIPE``.
+    For a sandbox of :func:`spawn` whose ``output`` is ``subprocess.PIPE``. Raises ``RuntimeError`` when the
+    program has never begun.
     """
-    started = time.monotonic()
+    started, process = time.monotonic(), sandbox.process
     assert process.stdout is not None
     assert process.stderr is not None
     output: dict[int, bytearray] = {
@@ -304,6 +330,10 @@ def watch(process: subprocess.Popen[bytes], limits: Limits) -> Result:
     process.kill()
     status = process.wait()
     stdout, stderr = (bytes(data) for data in output.values())
+    try:
+        sandbox.check()
+    except RuntimeError as error:
+        raise RuntimeError(f"{error} ({why or stderr.decode(errors='replace').strip()[-200:]})") from None
     return Result(
         None if why else status,
         stdout[: limits.output_bytes],
