@@ -5,7 +5,7 @@ the process group is killed, a new one takes over the rest of its batch, and the
 signals are used in the caller's process, so the pool works from any thread. Bounded verifiers
 (``is_bounded``) are graded at once in the caller's process; workers start with the first item that
 needs one. POSIX only. Deliberately missing: a sandbox. A worker is a normal process of this user; do not
-grade code that a model wrote with a checker that runs it as it is.
+grade code that a model wrote with a checker that runs it as it is (the verifier ``code`` brings a sandbox).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from liubai.grade import clock
 from liubai.grade.judge import (
     LOAD_S,
     Checker,
@@ -44,6 +45,7 @@ def main(timeout_s: float, memory_mb: int) -> None:
                     checkers[item.verifier] = _load(item.verifier)
                     say(["loaded"])
                 _limit_processor(timeout_s)
+                clock.start(timeout_s)
                 v = _judge(item, checkers[item.verifier])
                 say(["done", ticket, v.correct, v.answer, v.parts, v.error])
 
