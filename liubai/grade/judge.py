@@ -28,7 +28,10 @@ Checker = Callable[[str, str, Mapping[str, Any]], object]
 PROGRAMS = frozenset({"code"})
 
 #: Ours that are not bounded by construction: name -> where it lives. Imported by workers alone.
-CAGED: dict[str, str] = {}
+CAGED: dict[str, str] = {"math": "liubai.grade.maths:math"}
+
+#: Verifiers that need a package of an extra: name -> (module, extra).
+NEEDS: dict[str, tuple[str, str]] = {"math": ("math_verify", "math")}
 
 #: Seconds for a grader process to start and, again, to import user code: sympy on a busy machine.
 LOAD_S = 30.0
@@ -137,11 +140,17 @@ def _score(result: object) -> float:
 
 
 def check_verifier(name: str) -> None:
-    """Is ``name`` a verifier? Raises ``UserError`` that says which one may be meant.
+    """Can ``name`` judge? Raises ``UserError`` that says which verifier may be meant or what to install.
 
     User code is not imported here, only looked for.
     """
     if is_ours(name):
+        module, extra = NEEDS.get(name, ("", ""))
+        if module and importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"the verifier '{name}' needs a package that is missing; install it with: "
+                f"pip install 'liubai[{extra}]'"
+            )
         return
     place, colon, function = name.rpartition(":")
     if not colon:

@@ -65,7 +65,7 @@ def number(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
     right = parse_number(gold)
     if right is None:
         raise ValueError(f"not a number: {gold[:60]!r}")
-    tolerance = _tolerance(meta)
+    tolerance = tolerance_of(meta)
     given = parse_number(answer)
     return given is not None and abs(given - right) <= tolerance * abs(right)
 
@@ -99,7 +99,7 @@ def _integer(digits: str) -> int:
     return int(digits.replace(",", ""))
 
 
-def _tolerance(meta: Mapping[str, Any]) -> Fraction:
+def tolerance_of(meta: Mapping[str, Any]) -> Fraction:
     raw = meta.get("tolerance", 0)
     if isinstance(raw, bool) or not isinstance(raw, int | float) or not 0 <= raw < 1:
         raise ValueError(f"meta 'tolerance' is a number from 0 up to but below 1, not {raw!r:.60}")
