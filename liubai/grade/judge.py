@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -28,10 +29,17 @@ Checker = Callable[[str, str, Mapping[str, Any]], object]
 PROGRAMS = frozenset({"code"})
 
 #: Ours that are not bounded by construction: name -> where it lives. Imported by workers alone.
-CAGED: dict[str, str] = {"math": "liubai.grade.maths:math"}
+CAGED: dict[str, str] = {
+    "judge": "liubai.grade.remote:judge",
+    "math": "liubai.grade.maths:math",
+    "regex": "liubai.grade.structured:regex",
+}
 
 #: Verifiers that need a package of an extra: name -> (module, extra).
 NEEDS: dict[str, tuple[str, str]] = {"math": ("math_verify", "math")}
+
+#: Verifiers that need variables of the environment.
+ASKS: dict[str, tuple[str, ...]] = {"judge": ("LIUBAI_JUDGE_URL", "LIUBAI_JUDGE_MODEL")}
 
 #: Seconds for a grader process to start and, again, to import user code: sympy on a busy machine.
 LOAD_S = 30.0
@@ -140,7 +148,7 @@ def _score(result: object) -> float:
 
 
 def check_verifier(name: str) -> None:
-    """Can ``name`` judge? Raises ``UserError`` that says which verifier may be meant or what to install.
+    """Can ``name`` judge? Raises ``UserError`` that says which verifier may be meant or what is missing.
 
     User code is not imported here, only looked for.
     """
@@ -151,6 +159,9 @@ def check_verifier(name: str) -> None:
                 f"the verifier '{name}' needs a package that is missing; install it with: "
                 f"pip install 'liubai[{extra}]'"
             )
+        missing = [variable for variable in ASKS.get(name, ()) if not os.environ.get(variable)]
+        if missing:
+            raise UserError(f"the verifier '{name}' needs {' and '.join(missing)} in the environment")
         return
     place, colon, function = name.rpartition(":")
     if not colon:
