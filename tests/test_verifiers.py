@@ -36,13 +36,24 @@ PROBLEMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # verifier: gold, ques
     "number": ("3.8", "3.11 or 3.8", {}),
     "exact": ("Paris", "What is the capital of France, Paris or Rome?", {}),
     "choice": ("B", "A) Rome B) Paris C) Bonn D) Bern", {"choices": "ABCD"}),
+    "json": ('{"city": "Paris"}', "Give the capital of France as JSON.", {}),
+    "logic": ("A: knight, B: knave", "A says: B is a knave. B says: A is a knave.", {}),
 }
-RIGHT = {"countdown": "(3+4)*5", "number": "3.8", "exact": "Paris", "choice": "B"}
+RIGHT = {
+    "countdown": "(3+4)*5",
+    "number": "3.8",
+    "exact": "Paris",
+    "choice": "B",
+    "json": '{"city": "Paris"}',
+    "logic": "A: knight, B: knave",
+}
 OPTIONS = {
     "countdown": ["(3+4)*5", "3+4*5", "3*4+5", "35"],
     "number": ["3.8", "3.11"],
     "exact": ["Paris", "Rome"],
     "choice": ["A", "B", "C", "D"],
+    "json": ['{"city": "Paris"}', '{"city": "Rome"}'],
+    "logic": ["A: knight, B: knave", "A: knave, B: knight", "A: knight, B: knight", "A: knave, B: knave"],
 }
 
 
@@ -155,6 +166,10 @@ def test_brackets_are_superfluous_up_to_a_depth() -> None:
         ("number", "3", {"tolerance": -1}),
         ("number", "3", {"tolerance": "0.1"}),
         ("number", "3", {"tolerance": float("nan")}),
+        ("number", "3", {"unit": 5}),
+        ("number", "3", {"unit": ["m", ""]}),
+        ("number", "3", {"unit": "2m"}),
+        ("number", "3 kg", {"unit": "m"}),
         ("exact", " ", {}),
         ("choice", "E", {}),
         ("choice", "AB", {}),
@@ -171,6 +186,45 @@ def test_unusable_problems_are_errors_not_wrong_answers(
     verdict = grade(GradeItem(verifier, gold, "<answer> 3 </answer>", meta))
     assert verdict.error is not None
     assert not verdict.correct
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "meta", "correct"),
+    [
+        ("5", "5 m", {"unit": "m"}, True),
+        ("5 m", "5", {"unit": "m"}, True),
+        ("5", "5m", {"unit": "m"}, True),
+        ("5", "5 Metres", {"unit": ["m", "metre", "metres"]}, True),
+        ("1234", "1,234 metres", {"unit": ["m", "metres"]}, True),
+        ("0.5", "1/2 kg", {"unit": "kg"}, True),
+        ("5", "5 cm", {"unit": "m"}, False),
+        ("5", "5 cm", {"unit": ["m", "cm"]}, True),
+        ("5", "5 m m", {"unit": "m"}, False),
+        ("5", "m", {"unit": "m"}, False),
+        ("5", "m 5", {"unit": "m"}, False),
+        ("5", "5 m or 6 m", {"unit": "m"}, False),
+        ("5", "5 6 m", {"unit": "m"}, False),
+        ("5", "5 m", {}, False),
+        ("5", "$5", {}, True),
+        ("$5", "5.00", {}, True),
+        ("$5", "$ 5", {}, True),
+        ("$5", "€5", {}, False),
+        ("-5", "-$5", {}, True),
+        ("-5", "$-5", {}, True),
+        ("5", "-$-5", {}, False),
+        ("5", "$$5", {}, False),
+        ("5", "$", {}, False),
+        ("5", "\\$5", {}, True),
+        ("18.9", "$18.90 per day", {"unit": "per day"}, True),
+        ("5", "5 $", {"unit": "$"}, True),
+        ("111", "0,111", {}, False),
+        ("0.111", "0,111", {}, False),
+    ],
+)
+def test_number_with_units_and_currencies(
+    gold: str, answer: str, meta: dict[str, Any], correct: bool
+) -> None:
+    assert VERIFIERS["number"](gold, answer, meta) is correct
 
 
 @given(st.fractions(max_denominator=1000))

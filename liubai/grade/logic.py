@@ -27,7 +27,7 @@ _SPLIT = re.compile(r"\s*(?:[,;\n]|\.(?=\s|$))\s*(?:and\s+)?|\s+and\s+", re.IGNO
 _NUMBERED = re.compile(r"^ ?(?:\(?[0-9]{1,2}[.)]|[-*•]) ", re.MULTILINE)
 _PAIR = re.compile(r"(.+?)\s*(?::=|[:=]|->|→|\s(?:is|are|must be|was)\s)\s*(.+)", re.IGNORECASE)
 _ARTICLE = re.compile(r"(?:a|an|the)\s+", re.IGNORECASE)
-_MARKUP = re.compile(r"[*`\"'{}()]|\\text|\$")
+_MARKUP = re.compile(r"[*`\"'$]|\\text\{([^{}]*)\}")
 
 
 def logic(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
@@ -58,7 +58,10 @@ def read_assignment(text: str) -> dict[str, str] | None:
     found: dict[str, str] = {}
     # blanks first: a long run of them would cost the other patterns its square
     text = _NUMBERED.sub("", re.sub(r"\s*\n\s*", "\n", re.sub(r"[^\S\n]+", " ", text)))
-    for piece in _SPLIT.split(_MARKUP.sub("", text).strip()):
+    text = _MARKUP.sub(lambda match: match[1] or "", text).strip()
+    if text.startswith("{") and text.endswith("}"):
+        text = text[1:-1]
+    for piece in _SPLIT.split(text.strip()):
         if not piece:
             continue
         pair = _PAIR.fullmatch(piece)

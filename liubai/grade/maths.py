@@ -77,13 +77,17 @@ def math(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
         return decided
     if is_list(given) and not is_composite(right):
         return False
+    number = read_number(given)
+    if number is not None and is_composite(right):
+        return False
     if ("\\pm" in right or "\\mp" in right) and not is_composite(given):
         return False
     if not meta.get("compute", False) and unfinished(given) - unfinished(right):
         return False
     if _copied(right, given, meta):
         return False
-    golds, answers = _parsed(right), _parse(given)
+    golds = _parsed(right)
+    answers = _parse(given) if number is None else [_sympy_number(number)]
     return bool(golds and answers) and _same(golds[0], answers[0])
 
 
@@ -137,6 +141,12 @@ def _copied(right: str, given: str, meta: Mapping[str, Any]) -> bool:
 
     asked = "".join(bare(piece) for piece in question.split("$"))
     return bare(given) in asked and bare(right) not in asked
+
+
+def _sympy_number(number: Quantity) -> Any:
+    """As Math-Verify would read it, without its parser: a decimal is a float, and may be rounded."""
+    exact = sympy.Rational(number.value.numerator, number.value.denominator)
+    return exact if number.places is None or number.percent else exact.evalf(max(15, number.places))
 
 
 def _parse(text: str) -> list[Any]:
