@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liubai.grade import VERIFIERS, GradeItem, grade
+from liubai.grade import VERIFIERS, GradeItem, GraderPool, grade
 from liubai.grade.arithmetic import MAX_DEPTH
 from liubai.grade.verifiers import parse_number
 
@@ -38,7 +38,10 @@ PROBLEMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # verifier: gold, ques
     "choice": ("B", "A) Rome B) Paris C) Bonn D) Bern", {"choices": "ABCD"}),
     "json": ('{"city": "Paris"}', "Give the capital of France as JSON.", {}),
     "logic": ("A: knight, B: knave", "A says: B is a knave. B says: A is a knave.", {}),
+    "math": ("3\\sqrt{2}", "\\sqrt{18}", {"question": "Simplify $\\sqrt{18}$."}),
+    "regex": ("[Pp]aris", "What is the capital of France?", {}),
 }
+BUSY = ["math", "regex"]  # judged in a pool
 RIGHT = {
     "countdown": "(3+4)*5",
     "number": "3.8",
@@ -46,6 +49,8 @@ RIGHT = {
     "choice": "B",
     "json": '{"city": "Paris"}',
     "logic": "A: knight, B: knave",
+    "math": "3\\sqrt{2}",
+    "regex": "Paris",
 }
 OPTIONS = {
     "countdown": ["(3+4)*5", "3+4*5", "3*4+5", "35"],
@@ -54,6 +59,8 @@ OPTIONS = {
     "choice": ["A", "B", "C", "D"],
     "json": ['{"city": "Paris"}', '{"city": "Rome"}'],
     "logic": ["A: knight, B: knave", "A: knave, B: knight", "A: knight, B: knight", "A: knave, B: knave"],
+    "math": ["3\\sqrt{2}", "2\\sqrt{3}", "6"],
+    "regex": ["Paris", "Rome"],
 }
 
 
@@ -120,6 +127,17 @@ def test_no_attack_is_correct(verifier: str) -> None:
         verdict = grade(GradeItem(verifier, gold, response, meta))
         assert not verdict.correct, name
         assert verdict.error is None, name
+
+
+def test_no_attack_is_correct_in_a_worker() -> None:
+    with GraderPool(workers=2, timeout_s=10) as pool:
+        for verifier in BUSY:
+            gold, _, meta = PROBLEMS[verifier]
+            listed = {"good": f"<think> </think> <answer> {RIGHT[verifier]} </answer>", **attacks(verifier)}
+            items = [GradeItem(verifier, gold, response, meta) for response in listed.values()]
+            verdicts = dict(zip(listed, pool.gather(pool.submit(items)), strict=True))
+            assert {name: v.error for name, v in verdicts.items() if v.error} == {}
+            assert [name for name, v in verdicts.items() if v.correct] == ["good"]
 
 
 # --- fuzzing --------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from liubai.grade.mathtext import (
     hazard,
     is_composite,
     is_list,
+    is_name,
     split_name,
     tidy,
     unfinished,
@@ -49,7 +50,6 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
 _LATEX = (LatexExtractionConfig(),)
 _ANYWHERE = (LatexExtractionConfig(), ExprExtractionConfig())
-_NAME = re.compile(r"[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z0-9]\))?")
 _LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z]")
 _FORMULA = re.compile(r"\$[^$]*\$|\\\([^()]*\\\)|\\\[[^\[\]]*\\\]|\\boxed\{[^\n]*\}")
 _PROSE = re.compile(r"[A-Za-z]{2,} [A-Za-z]|\n|\. |<")
@@ -88,7 +88,19 @@ def math(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
         return False
     golds = _parsed(right)
     answers = _parse(given) if number is None else [_sympy_number(number)]
-    return bool(golds and answers) and _same(golds[0], answers[0])
+    if not golds or not answers or not _same(golds[0], answers[0]):
+        return False
+    return "=" in right or _chain_holds(given)
+
+
+def _chain_holds(given: str) -> bool:
+    """Of ``a=b=c`` Math-Verify looks at c alone. Are the others names, or not plainly different from it?"""
+    if is_list(given):
+        return True
+    *others, last = given.split("=")
+    sides = [_parse(side) for side in others if not is_name(side)]
+    final = _parse(last) if sides else []
+    return not any(not side or not final or _differ(final[0], side[0]) for side in sides)
 
 
 def _plainly(right: str, given: str, meta: Mapping[str, Any]) -> bool | None:
@@ -122,7 +134,7 @@ def _last_side(given: str, gold: Quantity, tolerance: Fraction) -> bool:
     last = read_number(sides[-1]) if sides else None
     if last is None or is_list(given) or not same_number(gold, last, tolerance):
         return False
-    if not _NAME.fullmatch(first.strip()):
+    if not is_name(first):
         sides.append(first)
     for side in sides:
         number = read_number(side)

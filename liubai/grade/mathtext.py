@@ -172,18 +172,22 @@ def is_composite(text: str) -> bool:
 
 # --- names, words, bases --------------------------------------------------------------------------
 
-_NAMED = re.compile(r"(?P<name>\\?[A-Za-z][A-Za-z0-9_{}:/' ]{0,40}(?:\([A-Za-z0-9]\))?) ?= ?(?P<value>[^=]+)")
+_NAME = re.compile(r"\\?[A-Za-z][A-Za-z0-9_{}:/' ]{0,40}(?:\([A-Za-z0-9]\))?")
 _RELATION = re.compile(r"\\(?:le|ge|ne|lt|gt|approx|equiv|neq)(?![A-Za-z])|[<>]|!=")
 _BASED = re.compile(r"([0-9A-F]+)_ ?\{? ?([0-9]{1,2}) ?\}?")
 
 
+def is_name(text: str) -> bool:
+    """``x``, ``x_{1}``, ``f(2)``, ``AB``, ``A:B`` and the like."""
+    return _NAME.fullmatch(text.strip()) is not None
+
+
 def split_name(text: str) -> tuple[str, str]:
-    """``x=5`` → ("x", "5"), ``5`` → ("", "5"). Names are ``x``, ``x_{1}``, ``f(2)``, ``A:B`` and the like:
-    ``x+1=0`` is an equation, and ``5=6`` names nothing."""
-    match = None if _RELATION.search(text) else _NAMED.fullmatch(text)
-    if match is None:
+    """``x=5`` → ("x", "5"), ``5`` → ("", "5"); ``x+1=0`` is an equation, and ``5=6`` names nothing."""
+    name, equals, value = text.partition("=")
+    if not equals or "=" in value or _RELATION.search(text) or not is_name(name):
         return "", text
-    return match["name"].replace(" ", "").lower(), match["value"].strip()
+    return name.replace(" ", "").lower(), value.strip()
 
 
 def based(text: str) -> tuple[str, str] | None:
