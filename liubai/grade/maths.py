@@ -27,10 +27,12 @@ from functools import lru_cache
 from typing import Any
 
 import sympy
+from latex2sympy2_extended.math_normalization import NormalizationConfig
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy.core.relational import Relational
 
 from liubai.grade.mathtext import (
+    MAX_LENGTH,
     based,
     explodes,
     hazard,
@@ -42,12 +44,15 @@ from liubai.grade.mathtext import (
     unfinished,
     words,
 )
-from liubai.grade.quantity import Quantity, read_number, same_number
+from liubai.grade.quantity import Quantity, read_number, same_number, without_unit
 from liubai.grade.verifiers import tolerance_of
 
 # it warns that its time limits are off, which is what we want
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
+# units are our business: Math-Verify takes the m of 5m for metres, and the formula for 5
+_NORMAL = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
+_FORMULA_ONLY = (LatexExtractionConfig(normalization_config=_NORMAL),)
 _LATEX = (LatexExtractionConfig(),)
 _ANYWHERE = (LatexExtractionConfig(), ExprExtractionConfig())
 _LETTER = re.compile(r"(?<![A-Za-z\\])[A-Za-z]")
@@ -163,8 +168,8 @@ def _sympy_number(number: Quantity) -> Any:
 
 def _parse(text: str) -> list[Any]:
     """What Math-Verify makes of one formula: at most one sympy object, or nothing."""
-    formula = text.replace("\\degree", "^{\\circ}").replace("\n", " ")
-    found: list[Any] = parse(f"${formula}$", _LATEX, fallback_mode="no_fallback", parsing_timeout=0)
+    formula = without_unit(text).replace("\\degree", "^{\\circ}").replace("\n", " ")
+    found: list[Any] = parse(f"${formula}$", _FORMULA_ONLY, fallback_mode="no_fallback", parsing_timeout=0)
     return found
 
 
@@ -217,15 +222,19 @@ def _same_relation(gold: Any, given: Any) -> bool | None:
 
 #: Points at which two formulas are compared, in turn for every symbol; none of them is special.
 _POINTS = (sympy.Rational(7, 3), sympy.Rational(-5, 7), sympy.Rational(11, 13), sympy.Rational(-19, 6))
-_FAR = sympy.Rational(1, 10**5)  # more than any rounding that Math-Verify forgives
+#: Relative distances from which on values differ: of exact formulas, and where a decimal may be rounded.
+_FAR, _FAR_ROUNDED = sympy.Rational(1, 10**12), sympy.Rational(1, 10**5)
 _MAX_SYMBOLS = 4
 _DIGITS = 25
 _CLOSE = sympy.Rational(1, 10**15)
 
 
 def _differ(gold: Any, given: Any) -> bool:
-    """Are they surely different: real numbers that are far apart, at one point? Saves a long simplification,
-    and with it the time-out that a wrong answer could otherwise ask for."""
+    """Are they surely different: real numbers that are far apart, at one point?
+
+    Saves a long simplification, and with it the time-out that a wrong answer could otherwise ask for. The
+    distance is relative: Math-Verify takes all tiny numbers for equal.
+    """
     if not isinstance(gold, sympy.Expr) or not isinstance(given, sympy.Expr):
         return False
     symbols: list[Any] = sorted(gold.free_symbols | given.free_symbols, key=str)
@@ -234,7 +243,10 @@ def _differ(gold: Any, given: Any) -> bool:
     at = {symbol: _POINTS[0] + sympy.Rational(i, 7) for i, symbol in enumerate(symbols)}
     try:
         a, b = gold.subs(at).evalf(_DIGITS), given.subs(at).evalf(_DIGITS)
-        return bool(a.is_Float and b.is_Float and abs(a - b) > _FAR * (1 + abs(a)))
+        if not a.is_Float or not b.is_Float:
+            return False
+        far = _FAR_ROUNDED if gold.has(sympy.Float) or given.has(sympy.Float) else _FAR
+        return bool(abs(a - b) > far * max(abs(a), abs(b)))
     except (TypeError, ValueError, AttributeError, NotImplementedError, RecursionError, ZeroDivisionError):
         return False
 
@@ -282,7 +294,8 @@ def equivalent(
     if not gold.strip() or max(len(gold), len(prediction)) > MAX_PREDICTION:
         return False
     formulas = [gold, prediction, *_FORMULA.findall(gold), *_FORMULA.findall(prediction)]
-    if any(explodes(formula) for formula in formulas if not _PROSE.search(formula)):
+    formulas = [formula for formula in formulas if not _PROSE.search(formula)]
+    if any(len(formula) > MAX_LENGTH or explodes(formula) for formula in formulas):
         return False
     right, given = tidy(gold), tidy(prediction)
     if right and right == given:

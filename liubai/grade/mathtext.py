@@ -14,9 +14,10 @@ MAX_LENGTH = 1000  #: characters
 MAX_DEPTH = 25  #: nested brackets of all kinds
 MAX_DIGITS = 60  #: of one number
 MAX_POWER = 4  #: digits of an exponent, or of a number before "!"
-MAX_PRODUCT = 1_000  #: of all powers of brackets
+MAX_PRODUCT = 100_000  #: of all powers of brackets and the largest other one
 
 _WRAPPERS = [("**", "**"), ("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("\\boxed{", "}")]
+_WRAPPERS += [(f"\\{name}{{", "}") for name in ("mathbf", "boldsymbol", "bm")]
 _SYMBOLS = str.maketrans(
     {"−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "π": "\\pi ", "∞": "\\infty "}
     | {"≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "°": "\\degree ", "√": "\\sqrt", "∪": "\\cup "}
@@ -38,7 +39,8 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"\\geq(?![A-Za-z])", r"\\ge"),
         (r"\\neq(?![A-Za-z])", r"\\ne"),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
-        (r"\\([%$])", r"\1"),
+        (r"\\%", "%"),
+        (r"^([-+]?) ?\$(?=[0-9.])", r"\1\\$"),  # money; any other bare dollar is an environment
         (r"\s+", " "),
         (r" ?, ?", ","),
         # a blank has a meaning between words, numbers and after the name of a command only
@@ -85,9 +87,10 @@ def _whole(inner: str, begin: str) -> bool:
 
 _LONG = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
 _HUGE = re.compile(
-    rf"(?:\^|\*\*)\s*\{{?\s*[-+(]*[0-9]{{{MAX_POWER + 1}}}"
-    rf"|[0-9]{{{MAX_POWER + 1}}}\s*!|[)!}}]\s*!|\*\*[^*]*\*\*"
+    rf"(?:\^|\*\*)\s*\{{?\s*[-+(]*[0-9]{{{MAX_POWER + 1}}}|\*\*[^*]*\*\*"
+    rf"|[0-9]{{{MAX_POWER + 1}}}\s*!|!\s*[)}}]?\s*!|\([^A-Za-z()]*\)\s*!"
 )
+_POWER = re.compile(r"(?:\^|\*\*)\s*\{?\s*([0-9]{1,4})")
 _BRACKET_POWER = re.compile(r"[)}]\s*(?:\^|\*\*)\s*\{?\s*([0-9]{1,4})")
 _SYMBOL = re.compile(r"(?<![A-Za-z\\])[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|phi|omega)")
 _EMBEDDED = re.compile(r"\\[()\[\]]|\\boxed|\\fbox|[<>]\s*/?\s*(?:think|answer)|\x00")
@@ -109,7 +112,7 @@ def hazard(text: str) -> str | None:
         return f"a number of more than {MAX_DIGITS} digits"
     if explodes(text):
         return "a tower of powers, a huge exponent or a huge factorial"
-    if _EMBEDDED.search(text) or "$" in text.removeprefix("$"):
+    if _EMBEDDED.search(text) or "$" in text.replace("\\$", ""):
         return "several answers, or markup inside one"
     depth = deepest = 0
     for sign in text:
@@ -121,6 +124,7 @@ def hazard(text: str) -> str | None:
 def explodes(text: str) -> bool:
     """Would its value have too many digits to be computed in a moment?"""
     powers = math.prod(int(power) for power in _BRACKET_POWER.findall(text))
+    powers *= max((int(power) for power in _POWER.findall(_BRACKET_POWER.sub("", text))), default=1)
     return powers > MAX_PRODUCT or bool(_HUGE.search(text)) or _tower(text)
 
 

@@ -27,9 +27,12 @@ _UNIT = re.compile(
     r"(?:(?P<degree>\\degree)|\\text ?\{(?P<text>[^{}]*)\}|(?P<bare>[A-Za-z][A-Za-z .]*))"
     r"(?:\^ ?\{?(?P<power>[1-4])\}?)?"
 )
-_DOLLARS = re.compile(r"([-+]?) ?[$€£¥] ?([-+]?[0-9.].*)")
+_TEXT_UNIT = re.compile(r"(.*[^ ]) ?\\text ?\{([A-Za-z ]*)\}(?:\^ ?\{?[1-4]\}?)?")
+_MONEY = re.compile(r"([-+]?) ?\\?([$€£¥]) ?([-+]?[0-9.].*)")
+_CURRENCIES = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen"}
 
-#: Spellings of one unit. Bare words after a number are taken for a unit only when they stand here.
+#: Spellings of one unit. Bare words after a number are taken for a unit only when they stand here and have
+#: two letters or more: 5m may be five times m.
 UNITS: dict[str, str] = {
     word: words[0]
     for words in (
@@ -90,10 +93,9 @@ def read_number(text: str) -> Quantity | None:
     unit: str | None = None
     inside = re.fullmatch(r"\\text ?\{([^{}]*)\}", text)
     text = inside[1].strip() if inside else text
-    money = _DOLLARS.fullmatch(text)
+    money = _MONEY.fullmatch(text)
     if money is not None:
-        unit = "dollar" if "$" in text else None
-        text = money[1] + money[2]
+        unit, text = _CURRENCIES[money[2]], money[1] + money[3]
     percent = re.fullmatch(r"(.*[0-9}.]) ?(?:%|\\text\{ ?percent ?\}|percent|percentage|pct)", text)
     if percent is not None:
         text = percent[1]
@@ -126,12 +128,20 @@ def _unit(found: re.Match[str]) -> str | None:
         power = _DIMENSION[words.pop(0)]
     name = " ".join(words)
     known = UNITS.get(name)
+    if found["text"] is None and len(name) < 2:
+        return None
     if known is None:
         if found["text"] is None or len(words) > _MAX_UNIT_WORDS or _NO_UNIT.search(name):
             return None
         if not re.fullmatch(r"[a-z ]*", name):
             return None
     return f"{known or ''}^{power}"
+
+
+def without_unit(text: str) -> str:
+    """A formula without the unit that is written as text behind it: ``8\\pi\\text{ cm}^2`` → ``8\\pi``."""
+    found = _TEXT_UNIT.fullmatch(text)
+    return found[1] if found and not _NO_UNIT.search(found[2].lower()) else text
 
 
 def _value(text: str) -> Fraction | None:
