@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liubai.grade import VERIFIERS, GradeItem, grade
+from liubai.grade import VERIFIERS, GradeItem, GraderPool, grade
 from liubai.grade.arithmetic import MAX_DEPTH
 from liubai.grade.verifiers import parse_number
 
@@ -36,13 +36,31 @@ PROBLEMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # verifier: gold, ques
     "number": ("3.8", "3.11 or 3.8", {}),
     "exact": ("Paris", "What is the capital of France, Paris or Rome?", {}),
     "choice": ("B", "A) Rome B) Paris C) Bonn D) Bern", {"choices": "ABCD"}),
+    "json": ('{"city": "Paris"}', "Give the capital of France as JSON.", {}),
+    "logic": ("A: knight, B: knave", "A says: B is a knave. B says: A is a knave.", {}),
+    "math": ("3\\sqrt{2}", "\\sqrt{18}", {"question": "Simplify $\\sqrt{18}$."}),
+    "regex": ("[Pp]aris", "What is the capital of France?", {}),
 }
-RIGHT = {"countdown": "(3+4)*5", "number": "3.8", "exact": "Paris", "choice": "B"}
+BUSY = ["math", "regex"]  # judged in a pool
+RIGHT = {
+    "countdown": "(3+4)*5",
+    "number": "3.8",
+    "exact": "Paris",
+    "choice": "B",
+    "json": '{"city": "Paris"}',
+    "logic": "A: knight, B: knave",
+    "math": "3\\sqrt{2}",
+    "regex": "Paris",
+}
 OPTIONS = {
     "countdown": ["(3+4)*5", "3+4*5", "3*4+5", "35"],
     "number": ["3.8", "3.11"],
     "exact": ["Paris", "Rome"],
     "choice": ["A", "B", "C", "D"],
+    "json": ['{"city": "Paris"}', '{"city": "Rome"}'],
+    "logic": ["A: knight, B: knave", "A: knave, B: knight", "A: knight, B: knight", "A: knave, B: knave"],
+    "math": ["3\\sqrt{2}", "2\\sqrt{3}", "6"],
+    "regex": ["Paris", "Rome"],
 }
 
 
@@ -111,6 +129,17 @@ def test_no_attack_is_correct(verifier: str) -> None:
         assert verdict.error is None, name
 
 
+def test_no_attack_is_correct_in_a_worker() -> None:
+    with GraderPool(workers=2, timeout_s=10) as pool:
+        for verifier in BUSY:
+            gold, _, meta = PROBLEMS[verifier]
+            listed = {"good": f"<think> </think> <answer> {RIGHT[verifier]} </answer>", **attacks(verifier)}
+            items = [GradeItem(verifier, gold, response, meta) for response in listed.values()]
+            verdicts = dict(zip(listed, pool.gather(pool.submit(items)), strict=True))
+            assert {name: v.error for name, v in verdicts.items() if v.error} == {}
+            assert [name for name, v in verdicts.items() if v.correct] == ["good"]
+
+
 # --- fuzzing --------------------------------------------------------------------------------------
 
 PIECES = st.sampled_from(
@@ -155,6 +184,10 @@ def test_brackets_are_superfluous_up_to_a_depth() -> None:
         ("number", "3", {"tolerance": -1}),
         ("number", "3", {"tolerance": "0.1"}),
         ("number", "3", {"tolerance": float("nan")}),
+        ("number", "3", {"unit": 5}),
+        ("number", "3", {"unit": ["m", ""]}),
+        ("number", "3", {"unit": "2m"}),
+        ("number", "3 kg", {"unit": "m"}),
         ("exact", " ", {}),
         ("choice", "E", {}),
         ("choice", "AB", {}),
@@ -171,6 +204,45 @@ def test_unusable_problems_are_errors_not_wrong_answers(
     verdict = grade(GradeItem(verifier, gold, "<answer> 3 </answer>", meta))
     assert verdict.error is not None
     assert not verdict.correct
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "meta", "correct"),
+    [
+        ("5", "5 m", {"unit": "m"}, True),
+        ("5 m", "5", {"unit": "m"}, True),
+        ("5", "5m", {"unit": "m"}, True),
+        ("5", "5 Metres", {"unit": ["m", "metre", "metres"]}, True),
+        ("1234", "1,234 metres", {"unit": ["m", "metres"]}, True),
+        ("0.5", "1/2 kg", {"unit": "kg"}, True),
+        ("5", "5 cm", {"unit": "m"}, False),
+        ("5", "5 cm", {"unit": ["m", "cm"]}, True),
+        ("5", "5 m m", {"unit": "m"}, False),
+        ("5", "m", {"unit": "m"}, False),
+        ("5", "m 5", {"unit": "m"}, False),
+        ("5", "5 m or 6 m", {"unit": "m"}, False),
+        ("5", "5 6 m", {"unit": "m"}, False),
+        ("5", "5 m", {}, False),
+        ("5", "$5", {}, True),
+        ("$5", "5.00", {}, True),
+        ("$5", "$ 5", {}, True),
+        ("$5", "€5", {}, False),
+        ("-5", "-$5", {}, True),
+        ("-5", "$-5", {}, True),
+        ("5", "-$-5", {}, False),
+        ("5", "$$5", {}, False),
+        ("5", "$", {}, False),
+        ("5", "\\$5", {}, True),
+        ("18.9", "$18.90 per day", {"unit": "per day"}, True),
+        ("5", "5 $", {"unit": "$"}, True),
+        ("111", "0,111", {}, False),
+        ("0.111", "0,111", {}, False),
+    ],
+)
+def test_number_with_units_and_currencies(
+    gold: str, answer: str, meta: dict[str, Any], correct: bool
+) -> None:
+    assert VERIFIERS["number"](gold, answer, meta) is correct
 
 
 @given(st.fractions(max_denominator=1000))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -28,7 +29,18 @@ Checker = Callable[[str, str, Mapping[str, Any]], object]
 PROGRAMS = frozenset({"code"})
 
 #: Ours that are not bounded by construction: name -> where it lives. Imported by workers alone.
-CAGED: dict[str, str] = {"code": "liubai.grade.code:code"}
+CAGED: dict[str, str] = {
+    "code": "liubai.grade.code:code",
+    "judge": "liubai.grade.remote:judge",
+    "math": "liubai.grade.maths:math",
+    "regex": "liubai.grade.structured:regex",
+}
+
+#: Verifiers that need a package of an extra: name -> (module, extra).
+NEEDS: dict[str, tuple[str, str]] = {"math": ("math_verify", "math")}
+
+#: Verifiers that need variables of the environment.
+ASKS: dict[str, tuple[str, ...]] = {"judge": ("LIUBAI_JUDGE_URL", "LIUBAI_JUDGE_MODEL")}
 
 #: Seconds for a grader process to start and, again, to import user code: sympy on a busy machine.
 LOAD_S = 30.0
@@ -137,7 +149,7 @@ def _score(result: object) -> float:
 
 
 def check_verifier(name: str) -> None:
-    """Is ``name`` a verifier? Raises ``UserError`` that says which one may be meant.
+    """Can ``name`` judge? Raises ``UserError`` that says which verifier may be meant or what is missing.
 
     User code is not imported here, only looked for. For a verifier of programs the sandbox is tried: one
     sentence at the beginning, and not an error for every answer.
@@ -147,6 +159,15 @@ def check_verifier(name: str) -> None:
 
         require()
     if is_ours(name):
+        module, extra = NEEDS.get(name, ("", ""))
+        if module and importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"the verifier '{name}' needs a package that is missing; install it with: "
+                f"pip install 'liubai[{extra}]'"
+            )
+        missing = [variable for variable in ASKS.get(name, ()) if not os.environ.get(variable)]
+        if missing:
+            raise UserError(f"the verifier '{name}' needs {' and '.join(missing)} in the environment")
         return
     place, colon, function = name.rpartition(":")
     if not colon:

@@ -14,6 +14,8 @@ from fractions import Fraction
 from typing import Any
 
 from liubai.grade.arithmetic import RefusedError, parse_expression
+from liubai.grade.logic import logic
+from liubai.grade.structured import json_equal
 from liubai.problems.countdown import parse as parse_countdown
 
 Verifier = Callable[[str, str, Mapping[str, Any]], bool]
@@ -25,13 +27,14 @@ _RESULT = re.compile(r"[ \t\n]*([-−]?)[ \t\n]*(0|[1-9][0-9]{0,8})[ \t\n]*")
 
 # "3 . 8" is how the word-level tokenizer writes 3.8: one blank on both sides or none, no other spacing,
 # so that the list "3. 8" stays refused.
-_INTEGER = r"[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+"
+_INTEGER = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+"  # 0,111 is a decimal comma, and refused
 _NUMBER = re.compile(
     rf"(?P<sign>[-+−]?) ?(?:"
     rf"(?P<over>{_INTEGER}) ?/ ?(?P<under>{_INTEGER})"
     rf"|(?P<whole>{_INTEGER})?(?:(?:\.| \. )(?P<part>[0-9]+)|\.?)(?:[eE](?P<power>[-+]?[0-9]{{1,4}}))?"
     rf")(?P<percent> ?%)?"
 )
+_CURRENCY = re.compile(r"([-+−]?) ?\\?([$€£¥₹₩]) ?([-+−]?[0-9.].*)", re.DOTALL)
 _LETTER = re.compile(r"\( ?([A-Za-z]) ?\)[.:]?|([A-Za-z]) ?[).:]?")
 
 
@@ -60,14 +63,48 @@ def number(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
     """Equal in value: 1,234 = 1234, 3.80 = 3.8, 1/2 = 0.5, 50% = 0.5 (and 50% ≠ 50), 1e3 = 1000.
 
     Exact, unless ``meta["tolerance"]`` (0 ≤ t < 1) allows |answer − gold| ≤ t·|gold|. One number and
-    nothing else: no words, units, alternatives, inf or nan, no decimal comma.
+    nothing else: no words, alternatives, inf or nan, no decimal comma. A unit may follow, or be missing,
+    when ``meta["unit"]`` names it (a string, or a list of spellings; case does not matter). A sign of a
+    currency may stand before the number; two different ones are not equal.
     """
-    right = parse_number(gold)
+    units = _units(meta)
+    symbol, bare = _bare_number(gold, units)
+    right = parse_number(bare)
     if right is None:
         raise ValueError(f"not a number: {gold[:60]!r}")
-    tolerance = _tolerance(meta)
-    given = parse_number(answer)
-    return given is not None and abs(given - right) <= tolerance * abs(right)
+    tolerance = tolerance_of(meta)
+    given_symbol, given_bare = _bare_number(answer, units)
+    given = parse_number(given_bare)
+    if given is None or (symbol and given_symbol and symbol != given_symbol):
+        return False
+    return abs(given - right) <= tolerance * abs(right)
+
+
+def _bare_number(text: str, units: Iterable[str]) -> tuple[str, str]:
+    """(sign of a currency, the rest without a unit): ``-$5.20 per day`` → ("$", "-5.20")."""
+    text = text.strip()
+    folded = text.casefold()
+    for unit in units:
+        rest = text[: -len(unit)].rstrip()
+        # "5m" and "5 m" are five metres; in "5 cm" the unit "m" leaves a letter behind, which is no number
+        if len(folded) == len(text) and folded.endswith(unit) and rest[-1:].isdigit():
+            text = rest
+            break
+    money = _CURRENCY.fullmatch(text)
+    return (money[2], money[1] + money[3]) if money else ("", text)
+
+
+def _units(meta: Mapping[str, Any]) -> list[str]:
+    """Spellings of the unit, the longest first."""
+    raw = meta.get("unit", [])
+    spellings = [raw] if isinstance(raw, str) else raw
+    if not isinstance(spellings, list | tuple) or not all(
+        isinstance(u, str) and u.strip() for u in spellings
+    ):
+        raise ValueError(f"meta 'unit' is a word or a list of words, not {raw!r:.60}")
+    if any(character.isdigit() for unit in spellings for character in unit[:1]):
+        raise ValueError("meta 'unit' must not begin with a digit")
+    return sorted((unit.strip().casefold() for unit in spellings), key=len, reverse=True)
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -99,7 +136,7 @@ def _integer(digits: str) -> int:
     return int(digits.replace(",", ""))
 
 
-def _tolerance(meta: Mapping[str, Any]) -> Fraction:
+def tolerance_of(meta: Mapping[str, Any]) -> Fraction:
     raw = meta.get("tolerance", 0)
     if isinstance(raw, bool) or not isinstance(raw, int | float) or not 0 <= raw < 1:
         raise ValueError(f"meta 'tolerance' is a number from 0 up to but below 1, not {raw!r:.60}")
@@ -150,4 +187,6 @@ VERIFIERS: dict[str, Verifier] = {
     "number": number,
     "exact": exact,
     "choice": choice,
+    "json": json_equal,
+    "logic": logic,
 }
