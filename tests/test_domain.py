@@ -222,13 +222,14 @@ def test_a_model_and_questions_of_ones_own_are_trained(liubai_: Any, domain: Pat
     assert done.code == 0, done.err
     before = json.loads((tmp_path / "run" / "1-before" / "eval.json").read_text())
     assert before["problems"] == str(domain / "questions.csv")
-    asked = read_questions(Questions(path=str(domain / "questions.csv")))
-    assert before["n_problems"] == min(4, sum(q.held_out for q in asked)) > 0
+    questions = read_questions(Questions(path=str(domain / "questions.csv")))
+    assert before["n_problems"] == min(4, sum(q.held_out for q in questions)) > 0
     assert (tmp_path / "run" / "2-train" / "checkpoint" / "config.json").exists()
     resolved = load_recipe(tmp_path / "run" / "recipe.toml")
     assert resolved == load_recipe(domain / "recipe.toml")
-    evaluated = liubai_("eval", "run/2-train/checkpoint", "--problems", "home/questions.csv", "--verifier", "exact",
-                        "--samples", "2", "--limit", "3", "--max-tokens", "8", "--json")  # fmt: skip
+    asked = ["--problems", "home/questions.csv", "--verifier", "exact", "--limit", "3"]
+    shape = ["--samples", "2", "--max-tokens", "8", "--json"]
+    evaluated = liubai_("eval", "run/2-train/checkpoint", *asked, *shape)
     assert evaluated.code == 0, evaluated.err
     assert json.loads(evaluated.out)["n_problems"] == 3
 

@@ -466,7 +466,8 @@ int sample(const float *logits, const double *uniform, const float *temperatures
             } else {
                 double total = 0, mass = 0;
                 for (i64 i = 0; i < V; i++) total += p[i];
-                double threshold = uniform[n] * total; /* below total: a token of probability 0 is never it */
+                /* below the total: a token of probability 0 is never it */
+                double threshold = fmin(uniform[n] * total, total * (1 - 0x1p-52));
                 while (id < V - 1 && (mass += p[id]) <= threshold) id++;
             }
             ids[n] = id;
