@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -86,6 +87,13 @@ def _shipped(name: str) -> Path:
     return path
 
 
+def _program() -> str:
+    """How the user can call this again: by name where the shell finds it, else by its path from here."""
+    if shutil.which("liubai") or not Path(sys.argv[0]).is_file():
+        return "liubai"
+    return os.path.relpath(sys.argv[0])
+
+
 def _run(path: Path, overrides: Sequence[str], out: Path | None, live: bool) -> None:
     from liubai import recipe
     from liubai.stages.view import make_view
@@ -96,7 +104,7 @@ def _run(path: Path, overrides: Sequence[str], out: Path | None, live: bool) -> 
         with make_view(live) as view:
             recipe.run(plan, folder, view)
     except KeyboardInterrupt:
-        again = shlex.join(["liubai", *sys.argv[1:]])
+        again = shlex.join([_program(), *sys.argv[1:]])
         print(f"liubai: stopped; what was saved is in {folder}; to continue: {again}", file=sys.stderr)
         raise typer.Exit(130) from None
     from liubai.report import headline, write_report
@@ -244,7 +252,11 @@ def grade(
         typer.Option(metavar="FILE.py:FUNCTION", help="A checker of your own that lines may name."),
     ] = None,
 ) -> None:
-    """Judge answers: lines {"verifier", "gold", "response", "meta"?} in, one verdict a line out."""
+    """Judge answers: lines {"verifier", "gold", "response", "meta"?} in, one verdict a line out.
+
+    Verifiers: math, number, exact, choice, regex, json, logic, code, judge, countdown, or a checker of your
+    own. A line: {"verifier": "number", "gold": "5", "response": "<think>2+3</think> <answer>5</answer>"}
+    """
     from liubai.grade import grade_lines
     from liubai.stages.view import progress_bar
 

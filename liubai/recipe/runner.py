@@ -86,6 +86,8 @@ def _stage(
         import torch
 
         torch.set_num_threads(recipe.threads)
+    if recipe.threads > (os.cpu_count() or recipe.threads):
+        view.warn(f"{recipe.threads} threads on {os.cpu_count()} cores: they will wait for each other")
     module = stage_module(plan.kind)
     # written by the one who computes, not by every later look at a finished run
     _record(folder.parent / "environment.json", describe(recipe.threads), (folder / "state").exists(), view)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SHOWN = {
     "accuracy": "{:.3f}",
     "eval/pass@1": "{:.3f}",
+    "pass@1": "{:.3f}",
     "loss": "{:.4f}",
     "length/mean": "{:.1f}",
     "reflections": "{:.2f}",
