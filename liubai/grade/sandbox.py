@@ -6,7 +6,8 @@ network, no /proc, no /etc, no home, no environment of ours, no other packages. 
 (threads it can). Memory is bounded by the address space of that one process plus /tmp, wall clock by a kill
 that takes the whole pid namespace with it. See :mod:`liubai.grade.seccomp` for what the kernel refuses.
 
-What remains: the program uses processor time while it runs, sees the system's clock, can read the
+What remains: empty files in /tmp cost kernel memory that no limit here counts (about 100 MB for each second
+that a program does nothing but create them). The program uses processor time while it runs, sees the system's clock, can read the
 interpreter's files and the machine's shared libraries, and talks to the running kernel, whose bugs no
 sandbox of this kind can rule out. Linux only; without a working bubblewrap nothing is run at all.
 """
