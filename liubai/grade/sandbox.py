@@ -7,9 +7,10 @@ network, no /proc, no /etc, no home, no environment of ours, no other packages. 
 that takes the whole pid namespace with it. See :mod:`liubai.grade.seccomp` for what the kernel refuses.
 
 What remains: empty files in /tmp cost kernel memory that no limit here counts (about 100 MB for each second
-that a program does nothing but create them). The program uses processor time while it runs, sees the system's clock, can read the
-interpreter's files and the machine's shared libraries, and talks to the running kernel, whose bugs no
-sandbox of this kind can rule out. Linux only; without a working bubblewrap nothing is run at all.
+that a program does nothing but create them). The program uses processor time while it runs, sees the
+system's clock, can read the interpreter's files and the machine's shared libraries, and talks to the
+running kernel, whose bugs no sandbox of this kind can rule out. Linux only; without a working bubblewrap
+nothing is run at all.
 """
 
 from __future__ import annotations
