@@ -8,10 +8,10 @@ import sys
 import time
 
 import pytest
-from attacks import RAW, ROOT, Watched, attack, children, gone, number, refusals, said
+from attacks import RAW, ROOT, Watched, attack, children, gone, number, refusals, said, sandboxes
 
 from liubai.errors import UserError
-from liubai.grade.sandbox import require
+from liubai.grade.sandbox import Limits, require, spawn
 
 try:
     require()
@@ -178,6 +178,34 @@ def test_leaving_a_daemon_behind() -> None:
     assert result.stdout.splitlines()[-1] == b"up"
     assert watched.seen
     assert gone(list(watched.seen))
+
+
+def test_a_sandbox_that_is_killed_while_it_comes_up_is_gone() -> None:
+    for i in range(60):
+        with spawn("import time; time.sleep(60)", limits=Limits(tmp_mb=13)):
+            time.sleep(0.0003 * i)
+    assert gone(sandboxes(13))
+
+
+def test_workers_that_are_killed_at_any_moment_leave_nothing() -> None:
+    script = (
+        "from liubai.grade.sandbox import Limits, require, run\nrequire()\nprint('up', flush=True)\n"
+        "while True: run('pass', limits=Limits(tmp_mb=11))"
+    )
+    for i in range(8):
+        caller = subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        with caller:
+            assert caller.stdout is not None
+            assert caller.stdout.readline() == b"up\n"
+            time.sleep(0.05 + 0.0017 * i)
+            os.killpg(caller.pid, signal.SIGKILL)  # as GraderPool does it
+    time.sleep(0.1)
+    assert gone(sandboxes(11))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

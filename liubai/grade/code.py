@@ -34,14 +34,13 @@ import ast
 import contextlib
 import json
 import math
-import os
 import subprocess
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from liubai.grade import clock
-from liubai.grade.sandbox import Limits, compiled, run, spawn, watch
+from liubai.grade.sandbox import Limits, compiled, pipe, run, spawn, watch
 
 LINK = compiled("link")
 
@@ -141,7 +140,7 @@ def _asserts(
     pieces: Sequence[tuple[str, bool]], answer: str, meta: Mapping[str, Any], limits: Limits
 ) -> float:
     with contextlib.ExitStack() as stack:
-        calls, answers = _pipe(stack), _pipe(stack)
+        calls, answers = pipe(stack), pipe(stack)
         fds = (calls[0].fileno(), answers[1].fileno())
         program = f"serve({fds[0]}, {fds[1]}, {answer!r})"
         served = stack.enter_context(spawn(program, b"", limits, fds, prelude=LINK))
@@ -159,13 +158,6 @@ def _asserts(
     said = [line == "pass" for line in lines] + [False] * (len(pieces) - len(lines))
     scored = [passed for passed, (_, counts) in zip(said, pieces, strict=True) if counts]
     return sum(scored) / len(scored)
-
-
-def _pipe(stack: contextlib.ExitStack) -> tuple[Any, Any]:
-    """Its end for reading, its end for writing; closed at the latest with ``stack``."""
-    ends = os.pipe()
-    reading, writing = os.fdopen(ends[0], "rb", 0), os.fdopen(ends[1], "wb", 0)
-    return stack.enter_context(reading), stack.enter_context(writing)
 
 
 # --- programs that read and print -------------------------------------------------------------------

@@ -40,8 +40,11 @@ def confine(uid: int, cpu_s: int, memory_mb: int, tasks: int, files: int, file_m
 
 def main(prelude: CodeType | None, source: str) -> None:
     started, *limits = map(int, sys.argv[2:])
+    # A session of its own, and no terminal. Not bwrap's --new-session: its processes stay in the caller's
+    # process group, which may be killed as one.
+    os.setsid()
     confine(*limits)
-    os.write(started, b"1")
+    os.write(started, b"1")  # raises when the caller is dead: nothing runs then
     os.close(started)
     sys.argv[:] = ["program.py"]
     module = ModuleType("__main__")

@@ -1,10 +1,10 @@
 """The program in one sandbox, its tests in another: calls go over, plain values come back.
 
 Both ends run this module, in the sandbox, before a call of :func:`serve` or of :func:`examine`.
-The program's end holds no test and no expected result, so there is nothing for it to read, patch or
-leave early; the tests' end holds nothing of the program's but values of exact built-in types, whose ``==``
-is Python's own. What is not plain (an instance, a generator, a module) stays where it is, and the other
-end has a :class:`Remote` for it; a remote is never equal to a plain value.
+The program's end holds no test and no expected result (it is told the names that the tests use), so there
+is nothing for it to read, patch or leave early; the tests' end holds nothing of the program's but values of
+exact built-in types, whose ``==`` is Python's own. What is not plain (an instance, a generator, a module)
+stays where it is, and the other end has a :class:`Remote` for it; a remote is never equal to a plain value.
 
 On the wire: 8 bytes of length, then one encoded tuple: a request (``call``, ``bind``, ``operate``) or the
 answer to one (``return``, ``raise``). Requests nest: a program may call a function that it was given.

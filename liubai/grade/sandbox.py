@@ -6,9 +6,11 @@ network, no /proc, no /etc, no home, no environment of ours, no other packages. 
 (threads it can). Memory is bounded by the address space of that one process plus /tmp, wall clock by a kill
 that takes the whole pid namespace with it. See :mod:`liubai.grade.seccomp` for what the kernel refuses.
 
-What remains: the program uses processor time while it runs, sees the system's clock, can read the
-interpreter's files and the machine's shared libraries, and talks to the running kernel, whose bugs no
-sandbox of this kind can rule out. Linux only; without a working bubblewrap nothing is run at all.
+What remains: empty files in /tmp cost kernel memory that no limit here counts (about 100 MB for each second
+that a program does nothing but create them). The program uses processor time while it runs, sees the
+system's clock, can read the interpreter's files and the machine's shared libraries, and talks to the
+running kernel, whose bugs no sandbox of this kind can rule out. Linux only; without a working bubblewrap
+nothing is run at all.
 """
 
 from __future__ import annotations
@@ -21,8 +23,11 @@ import marshal
 import math
 import os
 import platform
+import re
+import select
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -57,6 +62,7 @@ main(*job)"""
 PYTHON_FLAGS = ("-I", "-S", "-B", "-X", "utf8")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 STDERR_TAIL = 4096  #: bytes
+INFO_S = 1.0  #: that bwrap has to fork, on a machine however busy
 
 _counter = itertools.count()
 
@@ -90,10 +96,10 @@ class Result:
 
 
 class Sandbox:
-    """A sandbox that is running. ``process`` is bwrap; its death is that of all that it holds."""
+    """A sandbox that is running: ``process`` is bwrap, outside; what it holds is inside a pid namespace."""
 
-    def __init__(self, process: subprocess.Popen[bytes], started: IO[bytes]) -> None:
-        self.process, self._started = process, started
+    def __init__(self, process: subprocess.Popen[bytes], started: IO[bytes], info: IO[bytes]) -> None:
+        self.process, self._started, self._info = process, started, info
 
     def check(self) -> None:
         """Raises ``RuntimeError`` when the program has not begun: it is then not to blame for anything.
@@ -103,6 +109,34 @@ class Sandbox:
         """
         if not self._started.read(1):
             raise RuntimeError("the sandbox did not start")
+
+    def kill(self) -> None:
+        """End it now, with all that is in it. Harmless when it has ended.
+
+        The pid namespace is killed by its first process: with that one the kernel ends all others, daemons
+        and other sessions included. To kill bwrap alone is not enough: its child asks to die with it
+        (--die-with-parent) only once it has set up everything.
+        """
+        if self.process.poll() is None:
+            first = self._first()
+            with contextlib.suppress(ProcessLookupError):
+                if first:
+                    os.kill(first, signal.SIGKILL)
+            self.process.kill()
+
+    def _first(self) -> int:
+        """The number, outside, of the namespace's first process; 0 if there is none. bwrap tells it as soon
+        as it has made it, and until then there is nothing that could be left behind."""
+        said, deadline = b"", time.monotonic() + INFO_S
+        while (
+            b"}" not in said and select.select([self._info], [], [], max(0.0, deadline - time.monotonic()))[0]
+        ):
+            part = os.read(self._info.fileno(), 4096)
+            if not part:
+                break
+            said += part
+        found = re.search(rb'"child-pid": (\d+)', said)
+        return int(found[1]) if found else 0
 
 
 def run(source: str, stdin: bytes = b"", limits: Limits | None = None, fds: Sequence[int] = ()) -> Result:
@@ -192,27 +226,33 @@ def _spawn(
         program = files.enter_context(_sealed(marshal.dumps((INSIDE, prelude, source))))
         typed = files.enter_context(_sealed(stdin))
         filters = files.enter_context(_sealed(seccomp.program(platform.machine())))
-        reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        started = files.enter_context(os.fdopen(reading, "rb", 0))
-        ready = files.enter_context(os.fdopen(writing, "wb", 0))
+        started, ready = pipe(files)
+        info, told = pipe(files)
+        os.set_blocking(started.fileno(), False)
         try:
             process = subprocess.Popen(
-                _command(program.fileno(), ready.fileno(), filters.fileno(), limits),
+                _command(program.fileno(), ready.fileno(), filters.fileno(), told.fileno(), limits),
                 stdin=typed,
                 stdout=output,
                 stderr=output,
                 env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": "/tmp"},
-                pass_fds=[program.fileno(), ready.fileno(), filters.fileno(), *fds],
+                pass_fds=[*(file.fileno() for file in (program, ready, filters, told)), *fds],
             )
         except OSError as error:
             raise RuntimeError(f"no sandbox could be started: {error}") from error
+        told.close()
         with process:
+            sandbox = Sandbox(process, started, info)
             try:
-                yield Sandbox(process, started)
+                yield sandbox
             finally:
-                # bwrap's death is the death of its pid namespace's init (--die-with-parent), and with that
-                # the kernel kills whatever is in it: daemons, other sessions and process groups included
-                process.kill()
+                sandbox.kill()
+
+
+def pipe(files: contextlib.ExitStack) -> tuple[IO[bytes], IO[bytes]]:
+    """Its end for reading, its end for writing; closed at the latest with ``files``."""
+    reading, writing = os.pipe()
+    return files.enter_context(os.fdopen(reading, "rb", 0)), files.enter_context(os.fdopen(writing, "wb", 0))
 
 
 def _sealed(data: bytes) -> IO[bytes]:
@@ -226,7 +266,7 @@ def _sealed(data: bytes) -> IO[bytes]:
     return file
 
 
-def _command(program: int, ready: int, filters: int, limits: Limits) -> list[str]:
+def _command(program: int, ready: int, filters: int, told: int, limits: Limits) -> list[str]:
     # Root needs no user namespace. It would map onto root outside, whom the kernel lets have any number
     # of threads; so the program becomes a user of its own instead, once it is inside.
     root = os.geteuid() == 0
@@ -235,7 +275,7 @@ def _command(program: int, ready: int, filters: int, limits: Limits) -> list[str
         *_walls(),
         *user,
         *("--size", str(limits.tmp_mb << 20), "--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp"),
-        *("--remount-ro", "/", "--seccomp", str(filters), "--"),
+        *("--remount-ro", "/", "--seccomp", str(filters), "--info-fd", str(told), "--"),
         *(_interpreter(), *PYTHON_FLAGS, "-c", BOOT, str(program), str(ready)),
         *(str(_uid() if root else -1), str(math.ceil(limits.seconds) + 1), str(limits.memory_mb)),
         *(str(limits.tasks), str(limits.files), str(limits.tmp_mb)),
@@ -259,7 +299,7 @@ def _walls() -> tuple[str, ...]:
     return (
         shutil.which("bwrap") or "bwrap",
         *("--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"),
-        *("--unshare-cgroup-try", "--hostname", "sandbox", "--die-with-parent", "--new-session"),
+        *("--unshare-cgroup-try", "--hostname", "sandbox", "--die-with-parent"),
         *("--cap-drop", "ALL", *binds),
     )
 
@@ -327,7 +367,7 @@ def watch(sandbox: Sandbox, limits: Limits) -> Result:
             process.wait(max(0.0, started + limits.seconds - time.monotonic()))
         except subprocess.TimeoutExpired:
             why = "timeout"
-    process.kill()
+    sandbox.kill()
     status = process.wait()
     stdout, stderr = (bytes(data) for data in output.values())
     try:
