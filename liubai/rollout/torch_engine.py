@@ -30,7 +30,8 @@ ROUND = 32
 
 
 class TorchEngine:
-    """See :class:`liubai.rollout.engine.Engine`. ``model`` is the engine's own copy of the weights.
+    """See :class:`liubai.rollout.engine.Engine`. ``model`` may be the trainer's own: then ``load`` copies
+    nothing, and is still how the engine learns that the weights have changed.
 
     ``slots`` answers are written at once; ``max_length`` bounds prompt + completion.
     """

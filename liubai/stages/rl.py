@@ -77,7 +77,6 @@ class Config(Brought):
 def run(config: Config, context: Context) -> None:
     parent = context.parent_checkpoint(config.model)
     model, tokenizer = load(parent)
-    sampler, _ = load(parent)
     if config.lora:
         attach(model, config.lora, context.seed)
     template = template_for(tokenizer, parent, thinking=config.blank)
@@ -91,7 +90,8 @@ def run(config: Config, context: Context) -> None:
             f"max_tokens {config.max_tokens} and prompts of {prompt} tokens do not fit the model's "
             f"{model.config.max_position_embeddings} positions; lower max_tokens"
         )
-    engine = TorchEngine(sampler, eos_ids=tokenizer.eos_ids, slots=config.slots, max_length=longest)
+    # the trainer's own weights: one copy in memory, and nothing that could fail to arrive
+    engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=config.slots, max_length=longest)
     settings = UpdateConfig(
         loss=config.loss,
         advantage=config.advantage,
@@ -123,7 +123,7 @@ def run(config: Config, context: Context) -> None:
             rollouts.restore(state.meta["rollouts"])
             first, tokens, skipped = state.step, state.meta["tokens"], state.meta["skipped"]
 
-        # an engine of its own around the trainer's weights: the rollouts in flight are not disturbed
+        # an engine of its own around the same weights: the rollouts in flight are not disturbed
         evaluator = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=config.slots, max_length=longest)
         evaluator.load(model.state_dict(), version=0)
 
@@ -146,7 +146,7 @@ def run(config: Config, context: Context) -> None:
             context.log(0, config.steps, look(0))
         for step in range(first, config.steps):
             started = time.perf_counter()
-            engine.load(merged(model), version=step)
+            engine.load(model.state_dict(), version=step)
             graded = collect(rollouts, config)
             written = time.perf_counter()
             groups = [g.group for g in graded]
