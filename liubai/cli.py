@@ -10,20 +10,19 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from liubai import __version__
 from liubai.errors import UserError
+from liubai.model.config import Dtype
 
 if TYPE_CHECKING:
-    from liubai.grade import GradeItem
-    from liubai.measure.soundness import Soundness
-    from liubai.rollout.engine import Engine, Request
-    from liubai.text.tokenizer import TextTokenizer
+    from liubai.problems.questions import Question
+    from liubai.stages.config import Compute
 
 app = typer.Typer(
     help="Bring questions and a way to check answers, get a reasoning model.",
@@ -42,6 +41,7 @@ Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder.",
 Live = Annotated[bool, typer.Option("--live/--no-live", help="A live picture in a terminal.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder, or a hub id.")]
 Seed = Annotated[int, typer.Option(min=0, help="Decides every random draw.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 TopP = Annotated[float, typer.Option(min=0.01, max=1.0, help="Keep the likeliest tokens of this mass.")]
 
 
@@ -131,38 +131,31 @@ def init(
     print(f"next: liubai check {folder}; then name your model in {folder / 'recipe.toml'} and liubai run it")
 
 
-@app.command(epilog="Example: liubai check mine")
+@app.command(epilog="Example: liubai check mine, or: liubai check gym:countdown:max_numbers=4")
 def check(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where recipe.toml is, or a recipe file.")],
+    what: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="Where recipe.toml is; or a recipe, a file, or gym:NAME."),
+    ],
     timeout: Annotated[float, typer.Option(min=0.01, help="Seconds that one verdict may take.")] = 5.0,
+    verifier: Annotated[str, typer.Option(help="Of a file's questions that name none.")] = "math",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Are the questions sound? Every gold answer must pass its verifier, every cheap trick must fail."""
     from dataclasses import asdict
 
+    from liubai.measure.findings import describe
     from liubai.measure.soundness import soundness
-    from liubai.problems.questions import read_questions
-    from liubai.recipe import load_recipe
-    from liubai.stages.config import Brought
     from liubai.stages.view import progress_bar
 
-    recipe = load_recipe(folder / "recipe.toml" if folder.is_dir() else folder)
-    asked = {
-        stage.config.questions.model_dump_json(): stage.config.questions
-        for stage in recipe.stages
-        if isinstance(stage.config, Brought) and stage.config.questions
-    }
-    if not asked:
-        raise UserError(f"no stage of '{recipe.name}' has questions of its own ([stages.NAME.questions])")
     results = {}
-    for questions in asked.values():
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for name, asked in _asked(what, verifier).items():
         with progress_bar("checking") as progress:
-            found = soundness(
-                read_questions(questions), timeout_s=timeout, progress=None if as_json else progress
-            )
-        results[questions.path] = found
+            found = soundness(asked(), timeout_s=timeout, progress=None if as_json else progress)
+        results[name] = found
         if not as_json:
-            print(_soundness(questions.path, found))
+            print(describe(name, found, width))
     sound = all(found.sound for found in results.values())
     if as_json:
         print(json.dumps({"sound": sound, "files": {path: asdict(found) for path, found in results.items()}}))
@@ -170,14 +163,33 @@ def check(
         raise typer.Exit(2)
 
 
-def _soundness(path: str, found: Soundness) -> str:
-    lines = [f"{path}: {found.train} to train on, {found.held_out} held out, {found.left_out} left out"]
-    lines += [f"  '{name}': {1000 * mean:.1f} ms a verdict" for name, mean in found.seconds.items()]
-    lines += [
-        f"  line {f.line or '-'}: {'WRONG ' if f.fatal else ''}{f.kind}: {f.message}" for f in found.findings
-    ]
-    verdict = "sound" if found.sound else "not sound: what is WRONG would be learned"
-    return "\n".join([*lines, verdict])
+def _asked(what: str, verifier: str) -> dict[str, Callable[[], Sequence[Question]]]:
+    """What to check: name -> its questions, read when their turn comes."""
+    from functools import partial
+
+    from liubai.measure.soundness import drawn
+    from liubai.problems import family
+    from liubai.problems.gym import PREFIX
+    from liubai.problems.questions import Questions, read_questions
+    from liubai.problems.rows import is_rows
+    from liubai.recipe import load_recipe
+    from liubai.stages.config import Brought
+
+    if what.startswith(PREFIX):
+        return {what: partial(drawn, family(what))}
+    if is_rows(what) and not Path(what).is_dir():
+        return {what: partial(read_questions, Questions(path=what, default_verifier=verifier))}
+    path = Path(what)
+    recipe = load_recipe(path / "recipe.toml" if path.is_dir() else path)
+    configs = [stage.config for stage in recipe.stages if isinstance(stage.config, Brought)]
+    files = dict.fromkeys(config.questions for config in configs if config.questions)
+    drawn_from = dict.fromkeys(
+        name for c in configs if not c.questions for name in c.families() if name.startswith(PREFIX)
+    )
+    if not files and not drawn_from:
+        raise UserError(f"no stage of '{recipe.name}' has questions of its own ([stages.NAME.questions])")
+    asked: dict[str, Callable[[], Sequence[Question]]] = {q.path: partial(read_questions, q) for q in files}
+    return asked | {name: partial(drawn, family(name)) for name in drawn_from}
 
 
 @app.command("eval", epilog="Example: liubai eval runs/zero/3-zero/checkpoint --problems countdown")
@@ -191,10 +203,12 @@ def evaluate(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     verifier: Annotated[str, typer.Option(help="Of questions that name none.")] = "math",
+    device: Device = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """How often is a checkpoint right, in one try and in several?"""
     checkpoint = _checkpoint_folder(checkpoint)
+    from liubai.measure.readiness import require_ready
     from liubai.problems.questions import Questions
     from liubai.problems.rows import is_rows
     from liubai.stages.evaluate import evaluate_checkpoint, held_out_of
@@ -202,6 +216,8 @@ def evaluate(
 
     # a file that is named here is all held out
     asked = Questions(path=problems, default_verifier=verifier, eval_share=1.0) if is_rows(problems) else None
+    if asked:
+        require_ready(asked)
     held_out = held_out_of(problems, limit, seed, asked)
     with progress_bar("answering") as progress:
         result = evaluate_checkpoint(
@@ -213,6 +229,7 @@ def evaluate(
             top_p=top_p,
             seed=seed,
             progress=None if as_json else progress,
+            compute=_compute(device),
         )
     result = {"problems": problems, **result}
     print(json.dumps(result, ensure_ascii=False) if as_json else _table(result))
@@ -230,6 +247,17 @@ def _table(result: dict[str, Any]) -> str:
     return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
 
 
+def _compute(device: str) -> Compute:
+    from pydantic import ValidationError
+
+    from liubai.stages.config import Compute
+
+    try:
+        return Compute(device=device)
+    except ValidationError:
+        raise UserError(f"--device '{device}': auto, cpu, cuda or cuda:N") from None
+
+
 def _checkpoint_folder(path: Path) -> Path:
     """Raises ``UserError`` before anything heavy is imported."""
     from liubai.model.hub import find_folder
@@ -240,6 +268,31 @@ def _checkpoint_folder(path: Path) -> Path:
     inside = sorted(path.parent for path in folder.glob("**/checkpoint/config.json"))
     hint = f"; did you mean '{inside[-1]}'?" if inside else ""
     raise UserError(f"'{folder}' is not a checkpoint: it has no config.json{hint}")
+
+
+@app.command(epilog="Example: liubai export runs/zero/3-zero/checkpoint --to gguf --out zero.gguf")
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint or adapter, or a hub id.")],
+    to: Annotated[
+        Literal["gguf", "hf"], typer.Option(help="One file for llama.cpp, or a plain Hugging Face folder.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="The new file or folder.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights.", show_default="its own")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a checkpoint for other programs. An adapter (PEFT's format) is merged into its model.
+
+    Needs `pip install 'liubai[gguf]'` for gguf. What Liubai saves is a Hugging Face folder already:
+    transformers and vLLM open it as it is.
+    """
+    if not (checkpoint / "adapter_config.json").is_file():
+        checkpoint = _checkpoint_folder(checkpoint)
+    from liubai.model.export import export as write
+
+    written = write(checkpoint, to, out, dtype)
+    for caveat in written["caveats"]:
+        print(f"liubai: note: {caveat}", file=sys.stderr)
+    print(json.dumps(written, ensure_ascii=False) if as_json else _table(written))
 
 
 @app.command(epilog="Example: liubai grade answers.jsonl > verdicts.jsonl")
@@ -258,10 +311,11 @@ def grade(
     own. A line: {"verifier": "number", "gold": "5", "response": "<think>2+3</think> <answer>5</answer>"}
     """
     from liubai.grade import grade_lines
+    from liubai.grade.answers import read_answers
     from liubai.stages.view import progress_bar
 
     # every line is read before the first is judged: a bad file must not give half an answer
-    items = list(_items(_lines(file), file, checker or []))
+    items = list(read_answers(file, checker or []))
     with progress_bar("grading") as progress:
         for done, verdict in enumerate(grade_lines(items, timeout_s=timeout, workers=workers), 1):
             line: dict[str, Any] = {
@@ -274,56 +328,6 @@ def grade(
             print(json.dumps(line, ensure_ascii=False))
             if progress:
                 progress(done, len(items))
-
-
-def _lines(file: str) -> list[str]:
-    try:
-        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read '{file}': {error.strerror}") from None
-    try:
-        return data.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}:{number}: not UTF-8 text") from None
-
-
-def _items(lines: Iterable[str], file: str, checkers: Sequence[str]) -> Iterator[GradeItem]:
-    """The items of a JSONL file; blank lines are skipped. Raises ``UserError`` naming file:line.
-
-    Data never chooses code: a line may name a checker only if the command line named it, too.
-    """
-    from liubai.grade import GradeItem, check_verifier, is_ours
-
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{file}:{number}"
-        try:
-            raw = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise UserError(f"{where}: must be a JSON object with 'verifier', 'gold' and 'response'")
-        for key in ("verifier", "gold", "response"):
-            if key not in raw:
-                raise UserError(f"{where}: '{key}' is missing")
-            if key == "gold" and isinstance(raw[key], list | dict):
-                raw[key] = json.dumps(raw[key], ensure_ascii=False)  # tests of a program
-            if not isinstance(raw[key], str):
-                raise UserError(f"{where}: '{key}' must be a string, not {json.dumps(raw[key])[:40]}")
-        meta = raw.get("meta") or {}
-        if not isinstance(meta, dict):
-            raise UserError(f"{where}: 'meta' must be an object, not {json.dumps(meta)[:40]}")
-        try:
-            check_verifier(raw["verifier"])
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if not is_ours(raw["verifier"]) and raw["verifier"] not in checkers:
-            raise UserError(
-                f"{where}: '{raw['verifier']}' is code; to run it, name it: --checker {raw['verifier']}"
-            )
-        yield GradeItem(raw["verifier"], raw["gold"], raw["response"], meta)
 
 
 @app.command(epilog="Example: liubai report runs/zero")
@@ -350,87 +354,13 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 1024,
     show_thinking: Annotated[bool, typer.Option(help="Show the thought, dimmed.")] = True,
     seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
     """Ask a checkpoint questions; every question stands alone. Ctrl-D or Ctrl-C leaves."""
     checkpoint = _checkpoint_folder(checkpoint)
-    from liubai.model.checkpoint import load
-    from liubai.rollout.engine import Request
-    from liubai.rollout.torch_engine import TorchEngine
-    from liubai.seeds import derive
-    from liubai.text.template import template_for
+    from liubai.chat import talk
 
-    model, tokenizer = load(checkpoint)
-    template = template_for(tokenizer, checkpoint)
-    room = min(model.config.max_position_embeddings, max_tokens + 2048)
-    engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=1, max_length=room)
-    engine.load(model.state_dict(), version=0)
-    turn = 0
-    try:
-        while True:
-            question = input("> ").strip()
-            prompt = tuple(template.prompt_ids(question)) if question else ()
-            if not prompt:
-                continue
-            if len(prompt) >= room:
-                print(f"the question has {len(prompt)} tokens, the model takes {room}", file=sys.stderr)
-                continue
-            budget = min(max_tokens, room - len(prompt))
-            request = Request(
-                id=turn,
-                prompt_ids=prompt,
-                max_tokens=budget,
-                seed=derive(seed, "chat", turn),
-                temperature=temperature,
-            )
-            _show(_texts(engine, tokenizer, request), template.prefilled, show_thinking)
-            turn += 1
-    except (EOFError, KeyboardInterrupt):
-        print()
-
-
-def _texts(engine: Engine, tokenizer: TextTokenizer, request: Request) -> Iterator[tuple[str, bool]]:
-    """The whole text so far after every token, and whether it is complete."""
-    engine.submit([request])
-    while engine.pending:
-        ended = engine.step()
-        ids = ended[0][1].completion_ids if ended else engine.partials()[0].completion_ids
-        yield tokenizer.decode(ids, skip_special=True), bool(ended)
-
-
-def _show(texts: Iterable[tuple[str, bool]], prefilled: str, show_thinking: bool) -> None:
-    """Print an answer as it grows: the thought dimmed (or not at all), then the answer."""
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    shown = ["", ""]  # of the thought, of the answer
-    if not show_thinking and dim:
-        print(f"{dim}thinking…{plain}", flush=True)
-    for text, complete in texts:
-        for i, part in enumerate(split_thought(text, prefilled, complete)):
-            # a longer text never takes back what a shorter one said
-            fresh = part[len(shown[i]) :]
-            if not fresh or (i == 0 and not show_thinking):
-                continue
-            gap = "\n" if i == 1 and not shown[1] and shown[0] else ""
-            print(gap + (dim + fresh + plain if i == 0 else fresh), end="", flush=True)
-            shown[i] = part
-    print()
-
-
-def split_thought(text: str, prefilled: str, complete: bool) -> tuple[str, str]:
-    """``text`` as (thought, answer), without the tags.
-
-    While it is not ``complete``, an ending that may become a tag or a character is held back.
-    """
-    begin, end = "<think>", "</think>"
-    if not complete:
-        text = text.rstrip("\ufffd")
-        longest = max((n for n in range(1, len(end)) if text.endswith((begin[:n], end[:n]))), default=0)
-        text = text[: len(text) - longest]
-    if prefilled != begin:
-        if not text.lstrip().startswith(begin):
-            return "", text.strip() if complete else text.lstrip()
-        text = text.lstrip().removeprefix(begin)
-    thought, _, answer = text.partition(end)
-    return thought.lstrip(), answer.lstrip()
+    talk(checkpoint, _compute(device), temperature, max_tokens, seed, show_thinking)
 
 
 def main() -> int:

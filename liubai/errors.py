@@ -14,6 +14,12 @@ class Diverged(UserError):
     """Training cannot go on from here: not a bug to trace, but a setting to change."""
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a GPU or one of its libraries, or of the CPU: there PyTorch raises a plain RuntimeError."""
+    signs = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return any(sign in str(error) for sign in signs)
+
+
 def nearest(word: str, valid: Iterable[str]) -> str:
     """ " — did you mean 'x'?" for the closest valid word, or the list when nothing is close."""
     options = sorted(valid)

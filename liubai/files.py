@@ -27,13 +27,21 @@ TEMPORARY, OLD = ".liubai-tmp", ".liubai-old"
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace ``path`` atomically and durably. Raises ``UserError`` when the disk is full."""
+    with atomic_file(path) as temporary, open(temporary, "xb") as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write a file under; on success it takes ``path``'s place, on error it goes.
+
+    Raises ``UserError`` when the disk is full.
+    """
     with naming_full_disk(path):
         temporary = _temporary(path)
         try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
+            _sync(temporary)
             os.replace(temporary, path)
         except BaseException:
             _remove(temporary)

@@ -16,15 +16,13 @@ from typing import Any
 
 import pytest
 import toy_stage
-from hypothesis import given
-from hypothesis import strategies as st
 
 import liubai
 import liubai.stages
 from liubai import cli
 
 ROOT = Path(liubai.__file__).parent.parent
-COMMANDS = ("run", "zero", "eval", "grade", "report", "chat")
+COMMANDS = ("run", "zero", "eval", "grade", "report", "chat", "export")
 RECIPE = 'name = "toys"\n[stages.base]\nkind = "toy"\nsteps = 4\n'
 
 
@@ -220,7 +218,7 @@ def test_ctrl_c_elsewhere_is_130_and_quiet(liubai_: Any, monkeypatch: pytest.Mon
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_lines", interrupt)
+    monkeypatch.setattr("liubai.grade.answers.read_answers", interrupt)
     result = liubai_("grade", "x.jsonl")
     assert (result.code, result.out, result.err) == (130, "", "")
 
@@ -303,8 +301,15 @@ def test_grade_names_the_bad_line_before_it_judges_any(
 
 def test_grade_of_a_file_that_cannot_be_read(liubai_: Any) -> None:
     assert mistake(liubai_("grade", "nope.jsonl")) == "cannot read 'nope.jsonl': No such file or directory"
-    Path("x.jsonl").write_bytes(b"{}\n\xff\n")
-    assert mistake(liubai_("grade", "x.jsonl")) == "x.jsonl:2: not UTF-8 text"
+    Path("x.jsonl").write_bytes(b"\n\xff\n")
+    assert (
+        mistake(liubai_("grade", "x.jsonl")) == "x.jsonl:2: not UTF-8 text (byte 1); save the file as UTF-8"
+    )
+
+    with open("big.jsonl", "wb") as file:
+        file.seek(2 << 30)  # a hole: one line of two gigabytes, of which little is read
+        file.write(b"\n")
+    assert mistake(liubai_("grade", "big.jsonl")) == "big.jsonl:1: the line is longer than 16 MB"
 
 
 def test_grade_with_the_real_graders_and_a_reader_that_leaves() -> None:
@@ -338,11 +343,13 @@ def test_eval_prints_a_table_or_json(liubai_: Any, checkpoint: Path, monkeypatch
         return {"pass@1": 0.123456, "n_problems": 20, "pass@k": {"16": 0.5}, "rows": [1, 2]}
 
     monkeypatch.setattr("liubai.stages.evaluate.evaluate_checkpoint", evaluate_checkpoint)
-    result = liubai_("eval", str(checkpoint), "--problems", "countdown", "--limit", "20", "--seed", "3")
+    limits = ("--limit", "20", "--seed", "3", "--device", "cpu")
+    result = liubai_("eval", str(checkpoint), "--problems", "countdown", *limits)
     assert result.out == "problems    countdown\npass@1      0.1235\nn_problems  20\npass@k 16   0.5\n"
     problems = asked.pop("problems")
     assert len({p.prompt for p in problems}) == 20
     assert {p.verifier for p in problems} == {"countdown"}
+    assert asked.pop("compute").device == "cpu"
     assert asked == {
         "path": checkpoint, "samples": 16, "max_tokens": 320,
         "temperature": 1.0, "top_p": 1.0, "seed": 3, "progress": None,
@@ -360,50 +367,12 @@ def test_eval_prints_a_table_or_json(liubai_: Any, checkpoint: Path, monkeypatch
 @pytest.mark.parametrize("command", [["eval", "--problems", "countdown"], ["chat"]])
 def test_what_is_no_checkpoint(liubai_: Any, checkpoint: Path, command: list[str]) -> None:
     assert mistake(liubai_(*command, "nope")) == "there is no checkpoint folder 'nope'"
+    said = mistake(liubai_(*command, str(checkpoint), "--device", "gpu"))
+    assert said == "--device 'gpu': auto, cpu, cuda or cuda:N"
     run = checkpoint.parent.parent
     assert mistake(liubai_(*command, str(run))) == (
         f"'{run}' is not a checkpoint: it has no config.json; did you mean '{checkpoint}'?"
     )
-
-
-# chat
-
-
-@pytest.mark.parametrize(
-    ("text", "prefilled", "complete", "expected"),
-    [
-        ("try 3 </think> <answer> 7", "<think>", False, ("try 3 ", "<answer> 7")),
-        ("try 3", "<think>", False, ("try 3", "")),
-        ("try 3 </thi", "<think>", False, ("try 3 ", "")),
-        ("try 3 </thi", "<think>", True, ("try 3 </thi", "")),
-        ("<think> a </think> b", "", True, ("a ", "b")),
-        ("<thin", "", False, ("", "")),
-        ("7 < 8", "", False, ("", "7 < 8")),
-        ("7 <", "", True, ("", "7 <")),
-        ("b", "<think> </think>", True, ("", "b")),
-        ("half a charact\ufffd", "<think>", False, ("half a charact", "")),
-    ],
-)
-def test_a_thought_and_its_answer(
-    text: str, prefilled: str, complete: bool, expected: tuple[str, str]
-) -> None:
-    assert cli.split_thought(text, prefilled, complete) == expected
-
-
-pieces = st.lists(st.sampled_from([*"<thinkab /> 留\ufffd", "<think>", "</think>"]), max_size=12)
-
-
-@given(pieces, st.sampled_from(["", "<think>", "<think> </think>"]), st.booleans())
-def test_what_is_shown_is_never_taken_back(pieces: list[str], prefilled: str, complete: bool) -> None:
-    """Shown token by token or all at once, the same text stands on the screen."""
-    text = "".join(pieces).rstrip()
-    thought, answer = "", ""
-    for end in range(len(text)):
-        new = cli.split_thought(text[:end], prefilled, False)
-        thought, answer = max(thought, new[0], key=len), max(answer, new[1], key=len)
-    final = cli.split_thought(text, prefilled, True)
-    assert final[0].startswith(thought.rstrip("\ufffd "))
-    assert final[1].startswith(answer.rstrip("\ufffd "))
 
 
 def test_chat_streams_and_leaves_cleanly(
@@ -438,18 +407,3 @@ def test_chat_streams_and_leaves_cleanly(
     assert result.out.startswith("> ")
     assert result.out.endswith("\n> \n")  # left at the prompt, on a line of its own
     assert len(result.out.split()) > 5
-
-
-def test_a_thought_is_dimmed_or_hidden(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ["try", " 3", " </think>", " <answer>", " 7"]
-    texts = [("".join(words[: i + 1]), i == len(words) - 1) for i in range(len(words))]
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    cli._show(texts, "<think>", show_thinking=True)
-    assert capsys.readouterr().out == ("\x1b[2mtry\x1b[0m\x1b[2m 3\x1b[0m\x1b[2m \x1b[0m\n<answer> 7\n")
-    cli._show(texts, "<think>", show_thinking=False)
-    assert capsys.readouterr().out == "\x1b[2mthinking…\x1b[0m\n<answer> 7\n"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    cli._show(texts, "<think>", show_thinking=False)
-    assert capsys.readouterr().out == "<answer> 7\n"

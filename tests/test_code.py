@@ -264,6 +264,42 @@ def test_forged_messages(name: str) -> None:
     assert code(GOLD, forge, {"timeout": 2.0}) == 0.0
 
 
+#: Golds in which a StopIteration would end the loop over the cases, without an assert being run or as true.
+LOOPS = [
+    "assert all(map(lambda c: f(c[0]) == c[1], [(1, 1), (2, 4)]))",
+    "for got, want in zip(map(f, [1, 2]), [1, 4]): assert got == want\nassert f",
+    "for got in iter(lambda: f(2), None): assert got == 4; break",
+    "for got in map(len, [f(2)]): assert got == 4",
+    "for got in map(str, [f(2)]): assert got == '4'",
+    "for got in map(lambda x: f(x)[0], [2]): assert got == 4",
+]
+
+
+@pytest.mark.parametrize("gold", LOOPS)
+@pytest.mark.parametrize(
+    "error", ["StopIteration", "StopAsyncIteration", "__import__('builtins').StopIteration(3)"]
+)
+def test_a_program_does_not_end_the_loops_of_its_tests(gold: str, error: str) -> None:
+    raises = f"def stop(*a): raise {error}\n"
+    assert code(gold, f"{raises}f = stop", {}) == 0.0
+    special = ("len", "str", "getitem", "iter", "bool", "repr", "getattr")
+    methods = "".join(f"    __{name}__ = stop\n" for name in special)
+    assert code(gold, f"{raises}class E:\n{methods}def f(x): return E()", {}) == 0.0
+
+
+def test_an_iteration_ends_where_it_should() -> None:
+    gold = (
+        "assert list(f(3)) == [0, 1, 2] and list(zip(f(2), 'ab')) == [(0, 'a'), (1, 'b')]\n"
+        "it = f(0)\ntry: next(it)\nexcept StopIteration: pass\nelse: assert False\n"
+        "assert g(iter([7]).__next__) == [7]"
+    )
+    program = (
+        "def f(n): yield from range(n)\ndef g(more):\n    found = []\n"
+        "    try:\n        while True: found.append(more())\n    except StopIteration: return found"
+    )
+    assert code(gold, program, {}) == 1.0
+
+
 FRAMEWORK = """
 import unittest
 class T(unittest.TestCase):
@@ -279,6 +315,9 @@ unittest.main()
     [
         ("a = [3, 1, 2]\nf(a)\nassert a == [1, 2, 3]", "def f(a): a.sort()"),
         ("a = {1: 2}\nf(a)\nassert a == {1: 2, 3: 4}", "def f(a): a[3] = 4"),
+        ("a, b = [3, 1], {1: 2}\nf(a, m=b, a=1)\nassert a == [1, 3] and b == {}",
+         "def f(x, *, m, a):\n    x.sort()\n    m.clear()"),
+        ("a = [[2], [1]]\nf(a=a)\nassert a == [[1], [2]]", "def f(a): a.sort()"),
         ("assert list(f(3)) == [0, 1, 2] and next(f(1)) == 0", "def f(n): yield from range(n)"),
         ("assert f(lambda x: x + 1, 3) == 4", "def f(g, x): return g(x)"),
         ("assert f(2)(3) == 5", "def f(a): return lambda b: a + b"),
@@ -306,6 +345,66 @@ def test_tests_that_pass(gold: str, program: str) -> None:
 
 def test_a_wrong_program_fails_a_test_framework() -> None:
     assert code(FRAMEWORK, "def f(x): return 3", {}) == 0.0
+
+
+def test_changes_in_place_are_seen_whatever_they_are() -> None:
+    gold = "a = [3, 1]\nf(a=a)\nassert a == [1, 3]"
+    assert code(gold, "def f(a): a.reverse()", {}) == 1.0
+    assert code(gold, "def f(a): pass", {}) == 0.0
+    assert code(gold, "def f(a): a.clear()", {}) == 0.0
+
+
+CHECK = "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(2) == 4\n"
+
+
+@pytest.mark.parametrize("gold", [CHECK, json.dumps(["import math", CHECK]), CHECK + "check(f)"])
+def test_check_is_called(gold: str) -> None:
+    assert code(gold, "def f(x): return x * x", {"entry_point": "f"}) == 1.0
+    assert code(gold, "def f(x): return x", {"entry_point": "f"}) == 0.0
+
+
+def test_humaneval_as_it_is_published() -> None:
+    problems = rows("humaneval.jsonl")[:5]
+    for problem in problems:
+        meta = {"entry_point": problem["entry_point"]}
+        assert code(problem["test"], problem["prompt"] + problem["canonical_solution"], meta) == 1.0
+        assert code(problem["test"], problem["prompt"] + "    return None", meta) == 0.0
+
+
+#: What tests something when it is run, and what does not.
+REACHED = [
+    "if f(1) != 1: raise SystemExit('wrong')",
+    "import sys\nsys.exit(f(1) != 1)",
+    "def test_f(): assert f(1) == 1\ntest_f()",
+    "def a(): assert f(1) == 1\ndef test_f(): a()\nfor test in [test_f]: test()",
+    "def test_f(): assert f(1) == 1\nfor n, t in list(globals().items()):\n    if n[:5] == 'test_': t()",
+    "class T:\n    def test(self): assert f(1) == 1\nT().test()",
+    "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 1)\n"
+    "if __name__ == '__main__': unittest.main()",
+    json.dumps(["def test_f(): assert f(1) == 1", "test_f()"]),
+]
+UNREACHED = [
+    "f(1)",
+    "def test_f(): assert f(1) == 1",
+    "def a(): assert f(1) == 1\ndef test_f(): a()",
+    "class T:\n    def test(self): assert f(1) == 1",
+    "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 1)",
+    "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(1), 1)\n"
+    "unittest.main(exit=False)",
+    json.dumps(["def test_f(): assert f(1) == 1", "x = 1"]),
+]
+
+
+@pytest.mark.parametrize("gold", REACHED)
+def test_tests_that_are_run(gold: str) -> None:
+    assert code(gold, "def f(x): return x", {}) == 1.0
+    assert code(gold, "def f(x): return 0", {}) == 0.0
+
+
+@pytest.mark.parametrize("gold", UNREACHED)
+def test_tests_that_nothing_runs_are_an_error(gold: str) -> None:
+    with pytest.raises(ValueError, match="test nothing"):
+        code(gold, "def f(x): return x", {"entry_point": "f"})
 
 
 def test_the_score_is_the_share_of_asserts_that_pass() -> None:
@@ -356,6 +455,8 @@ def test_runs_of_one_problem_do_not_know_of_each_other() -> None:
         ("assert (", {}, "not Python"),
         ("import numpy\nassert f(1)", {}, "numpy"),
         (json.dumps(["import math"]), {}, "no assert"),
+        (CHECK, {}, "entry_point"),
+        (CHECK, {"entry_point": "f(1); x"}, "entry_point"),
         (json.dumps(["assert 1", 2]), {}, "strings"),
         (json.dumps(["assert 1"] * 2000), {}, "more than"),
         ("[]", {"kind": "stdio"}, "pairs"),

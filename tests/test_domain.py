@@ -14,8 +14,13 @@ import pytest
 from conftest import tiny_config, tiny_model
 
 from liubai import cli
+from liubai.errors import UserError
+from liubai.grade import check_verifier
+from liubai.grade.sandbox import require
 from liubai.grade.verifiers import VERIFIERS
-from liubai.measure.soundness import TRICKS, soundness
+from liubai.measure.findings import describe
+from liubai.measure.soundness import Finding, Soundness, soundness
+from liubai.measure.tricks import TRICKS
 from liubai.model.checkpoint import save_checkpoint
 from liubai.problems.questions import Question, Questions, read_questions
 from liubai.recipe import load_recipe
@@ -137,6 +142,11 @@ def test_no_trick_fools_our_verifiers(verifier: str) -> None:
     assert [f for f in found.findings if f.kind == "trick"] == []
 
 
+@pytest.mark.parametrize("gold", ["17", "23"])
+def test_no_trick_is_right_by_chance(gold: str) -> None:
+    assert [f for f in soundness([question("number", gold)]).findings if f.kind != "split"] == []
+
+
 CARELESS: dict[str, tuple[str, set[str]]] = {
     "anything": ("return True", {"the question repeated", "the right answer among others", "two answers",
                                  "a tower of powers", "an order to the judge"}),
@@ -165,7 +175,97 @@ def test_a_checker_that_hangs_or_is_slow_is_reported(tmp_path: Path) -> None:
     path.write_text(f"import time\ndef f(gold, answer, meta):\n    {slow}\n    return True\n")
     found = soundness([question(f"{path}:f", "12")], timeout_s=0.5)
     assert found.sound  # a trick that is not judged is not called right
-    assert {f.kind for f in found.findings} == {"slow"}
+    assert {f.kind for f in found.findings} == {"slow", "split"}
+
+
+# ---- programs ----
+
+
+ADD = "def add(a, b):\n    return a + b"
+TESTS = "assert add(1, 2) == 3\nassert add(2, 2) == 4"
+PAIRS = json.dumps([["1\n", "1\n"], ["2\n", "2\n"]])
+
+
+def program(gold: str, solution: str, **meta: Any) -> Question:
+    return Question(1, Problem("Write it, please.", gold, "code", meta=meta), False, solution=solution)
+
+
+def kinds(*questions: Question) -> set[tuple[str, bool]]:
+    return {(f.kind, f.fatal) for f in soundness(questions).findings if f.kind != "split"}
+
+
+@pytest.fixture
+def sandbox() -> None:
+    try:
+        check_verifier("code")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def test_a_solution_proves_the_tests(sandbox: None) -> None:
+    assert kinds(program(TESTS, ADD)) == set()
+    assert kinds(program(TESTS, f"So:\n```python\n{ADD}\n```\n")) == set()
+    assert kinds(program(PAIRS, "print(input())", kind="stdio")) == set()
+    assert kinds(program(TESTS, ADD.replace("+", "*"))) == {("gold", True)}
+    assert kinds(program("assert add(1, 2) ==", ADD)) == {("gold", True)}
+    assert kinds(program(TESTS, "")) == {("unproven", False)}
+
+
+def test_tests_that_prove_nothing_are_found_out(sandbox: None) -> None:
+    weak = soundness([program("add(1, 2)\nassert True", ADD), program("assert True", ADD)])
+    said = {f.message.split("right: ")[1] for f in weak.findings if f.kind == "trick"}
+    assert {
+        "an empty program",
+        "functions that return nothing",
+        "a result that is equal to everything",
+    } <= said
+    same = json.dumps([["1\n", "yes\n"], ["2\n", "yes\n"]])
+    found = soundness([program(same, "print(input() and 'yes')", kind="stdio")]).findings
+    said = {f.message.split("right: ")[1] for f in found if f.kind == "trick"}
+    assert said == {"the first case's output for all"}
+
+
+def test_a_solution_is_a_column_like_others(tmp_path: Path) -> None:
+    row = {"question": "Add.", "answer": ["assert add(1, 2) == 3"], "solution": "pass", "mine": ADD}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    path = str(tmp_path / "a.jsonl")
+    assert [q.solution for q in read_questions(Questions(path=path))] == ["pass"]
+    assert [q.solution for q in read_questions(Questions(path=path, solution="mine"))] == [ADD]
+    assert [q.solution for q in read_questions(Questions(path=path, solution="none"))] == [""]
+
+
+def test_programs_without_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    require.cache_clear()
+    found = soundness([program(TESTS, ADD)])
+    require.cache_clear()
+    assert not found.sound
+    assert "install the Debian package bubblewrap" in found.findings[-1].message
+
+
+# ---- the table ----
+
+
+def test_the_table_fits_a_narrow_terminal() -> None:
+    findings = [
+        Finding(n, "gold", "a sentence that goes on and on, and is wrong", True) for n in range(1, 13)
+    ]
+    found = Soundness(3, 1, 0, {"number": 0.001}, [Finding(0, "slow", "slow"), *findings])
+    for width in (60, 80):
+        table = describe("home/questions.jsonl", found, width)
+        assert max(map(len, table.splitlines())) <= width
+        assert " ".join(table.split()) == " ".join(describe("home/questions.jsonl", found).split())
+    plain = describe("q", found).splitlines()
+    assert plain[2].startswith("  lines 1, 2, 3, 4, 5, 6, 7, 8 and 4 more: WRONG gold: a sentence")
+    assert plain[3] == "  all: slow: slow"
+
+
+def test_check_takes_a_file(liubai_: Any, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question": "What is 1 and 2?", "answer": "three"}\n')
+    checked = liubai_("check", "q.jsonl", "--verifier", "number")
+    assert checked.code == 2
+    assert "line 1: WRONG gold: 'number' cannot judge it" in checked.out
+    assert liubai_("check", "q.jsonl", "--verifier", "exact").code == 0
 
 
 # ---- training ----
@@ -234,6 +334,15 @@ def test_a_model_and_questions_of_ones_own_are_trained(liubai_: Any, domain: Pat
     assert json.loads(evaluated.out)["n_problems"] == 3
 
 
+def test_a_run_says_once_what_it_leaves_out(liubai_: Any, domain: Path) -> None:
+    path = domain / "questions.csv"
+    path.write_text(path.read_text() + "1 4 5 ->5,5\n")
+    run = liubai_("run", "home/recipe.toml", "--out", "run", "--no-live")
+    assert run.code == 0, run.err
+    said = "train: 1 of 19 questions are left out (1: nearly the same as another)"
+    assert (run.out + run.err).count(said) == 1
+
+
 def test_a_changed_question_or_model_is_another_run(
     liubai_: Any, domain: Path, tmp_path: Path, world: TextTokenizer
 ) -> None:
@@ -279,3 +388,42 @@ def test_a_mistake_is_one_line_and_changes_nothing(
     assert run.code == 2
     assert message in run.err
     assert not (tmp_path / "run" / "2-train" / "checkpoint").exists()
+
+
+UNREADY: list[tuple[dict[str, Any], str, str]] = [
+    ({"verifier": "numbr"}, "", "there is no verifier 'numbr'; did you mean 'number'"),
+    ({"verifier": "number", "t": "a tenth"}, "", "meta 'tolerance' is a number"),
+    ({"verifier": "math", "t": 2}, "", "meta 'tolerance' is a number"),
+    ({"verifier": "mine.py:f"}, "import nowhere_at_all", "cannot be loaded: ModuleNotFoundError"),
+    ({"verifier": "mine.py:f"}, "def f(:", "cannot be loaded: SyntaxError"),
+    ({"verifier": "mine.py:f"}, "g = 1", "there is no function 'f'"),
+    ({"verifier": "mine.py:f"}, "import sys; sys.exit(3)", "cannot be loaded: SystemExit"),
+]
+
+
+@pytest.mark.parametrize(("row", "checker", "message"), UNREADY)
+def test_what_cannot_be_judged_is_said_before_anything_starts(
+    row: dict[str, Any], checker: str, message: str, liubai_: Any, domain: Path, tmp_path: Path
+) -> None:
+    whole = {"question": "Where is it now?", "answer": "4", "tolerance": row.get("t")} | row
+    rows = [{"question": "What is 1 and 2?", "answer": "3", "verifier": "number", "tolerance": None}, whole]
+    path = domain / "questions.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in rows) + "\n")
+    (domain / "mine.py").write_text(checker + "\n")
+    table = 'path = "questions.jsonl"\ncheckers = ["mine.py:f"]\nmeta = ["tolerance"]'
+    # the model is not even looked for
+    (domain / "recipe.toml").write_text(RECIPE.replace(PATH, table).replace('"model"', '"none/such"'))
+    run = liubai_("run", "home/recipe.toml", "--out", "run", "--no-live")
+    assert run.code == 2
+    assert f"{path}:2: " in run.err
+    assert message in run.err
+    assert run.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_asks_the_same_first(liubai_: Any, domain: Path) -> None:
+    (domain / "q.jsonl").write_text('{"question": "?a", "answer": "1", "verifier": "numbr"}\n')
+    (domain / "model" / "model.safetensors").unlink()  # what would be read next
+    run = liubai_("eval", "home/model", "--problems", "home/q.jsonl")
+    assert run.code == 2
+    assert "q.jsonl:1: there is no verifier 'numbr'" in run.err

@@ -92,10 +92,8 @@ def test_the_corpus_never_shows_an_eval_problem() -> None:
     config = pretrain.Config(
         steps=1, tokens_per_step=20_000, families={"countdown": 1.0, "chain": 1.0, "compare": 1.0}
     )
-    tokenizer = word_level(world_vocabulary())
-    seen = [
-        tokenizer.decode(s.ids).partition(" <think>")[0] for s in pretrain.documents(config, tokenizer, 0, 0)
-    ]
+    tokenizer, draw = pretrain.invent(config)
+    seen = [tokenizer.decode(s.ids).partition(" <think>")[0] for s in pretrain.documents(draw, 20_000, 0, 0)]
     prompts = {text.removeprefix(f"{tokenizer.bos} ") for text in seen}
     assert len(prompts) > 300
     for name in config.families:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from liubai.grade import extract as extract_function
-from liubai.grade.extract import MAX_ANSWER, MAX_RESPONSE, TAGS, boxes, extract
+from liubai.grade.extract import MAX_ANSWER, MAX_RESPONSE, TAGS, boxes, extract, extract_code
 from liubai.text import tokenizer
 
 FOUND = [
@@ -70,6 +70,23 @@ def test_not_found_and_says_why(response: str) -> None:
     found = extract(response)
     assert found.answer is None
     assert found.why
+
+
+@pytest.mark.parametrize(
+    ("fences", "program"),
+    [
+        ([("python", "a"), ("text", "4")], "a"),
+        ([("", "a"), ("output", "4")], "a"),
+        ([("Python title=x.py", "a"), ("console", "4"), ("json", "5")], "a"),
+        ([("py", "a"), ("text", "4"), ("python3", "b")], "b"),
+        ([("python", "a"), ("", "b")], "b"),
+        ([("text", "a"), ("java", "b")], "b"),
+    ],
+)
+def test_the_last_fence_of_python_is_the_program(fences: list[tuple[str, str]], program: str) -> None:
+    said = "\nprints\n".join(f"```{word}\n{inside}\n```" for word, inside in fences)
+    assert extract_code(said).answer == f"{program}\n"
+    assert extract_code(f"{said}\n```python\nb").answer is None
 
 
 def test_prefilled_think_must_be_closed() -> None:

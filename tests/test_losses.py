@@ -125,6 +125,8 @@ def test_the_most_uncertain_share() -> None:
     assert (entropies >= least).tolist() == [False, False, False, True, True]
     assert bool((entropies >= chosen(entropies, 1.0)).all())
     assert chosen(torch.empty(0), 0.2) == 0.0
+    many = torch.arange((1 << 24) + 4, dtype=torch.float32)  # more than torch.quantile takes
+    assert chosen(many, 0.25) == 3 * (1 << 22) + 3
 
 
 # ---- the loss ----
@@ -414,6 +416,30 @@ def test_every_preset_is_a_valid_config_and_gives_way(name: str) -> None:
     assert own.loss.clip_high == 0.5
     assert own.loss.aggregation == config.loss.aggregation
     assert own.minibatches == 3
+
+
+def test_presets_have_the_numbers_of_their_papers() -> None:
+    """Written down once more, from the papers: a slip in the table is a slip in every run."""
+    p = {name: rl.Config.model_validate(rl.Config.filled({"steps": 1, "preset": name})) for name in PRESETS}
+    clips = {name: (c.loss.clip_low, c.loss.clip_high) for name, c in p.items() if name != "cispo"}
+    assert clips == {
+        "liubai": (0.2, 0.28), "paper-r1": (10, 10), "deepseekmath": (0.2, 0.2), "dr-grpo": (0.2, 0.2),
+        "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "rloo": (10, 10), "reinforce++": (0.2, 0.2),
+    }  # fmt: skip
+    assert {name: c.loss.aggregation for name, c in p.items()} == {
+        "liubai": "token-mean", "paper-r1": "sequence-mean", "deepseekmath": "sequence-mean",
+        "dr-grpo": "dr-grpo", "dapo": "token-mean", "gspo": "sequence-mean", "cispo": "token-mean",
+        "rloo": "dr-grpo", "reinforce++": "token-mean",
+    }  # fmt: skip
+    assert {name: c.loss.kl for name, c in p.items() if c.loss.kl} == {
+        "paper-r1": 1e-3, "deepseekmath": 0.04, "rloo": 0.03, "reinforce++": 0.01,
+    }  # fmt: skip
+    assert {n for n, c in p.items() if c.loss.kl_in == "reward"} == {"rloo", "reinforce++"}
+    assert {n: c.loss.objective for n, c in p.items() if c.loss.objective != "clip"} == {
+        "gspo": "gspo",
+        "cispo": "cispo",
+    }
+    assert (p["dapo"].refills > 0, p["dapo"].rewards.overlong) == (True, -1.0)
 
 
 def test_an_unknown_preset_is_refused() -> None:

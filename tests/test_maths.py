@@ -138,6 +138,10 @@ def test_unusable_golds_are_errors(gold: str) -> None:
         ("2003^{2002^{2001}}", True),
         ("9^9^9", True),
         ("9**9**9", True),
+        ("9^{9}^{9}", True),
+        ("9**9**9**9", True),
+        ("9 ** (9 ** 9)", True),
+        ("x²+2³", False),
         ("9^{\\frac{9^9}{1}}", True),
         ("9^{(9+1)^2}", True),
         ("((9^{999})^{999})^{999}", True),
@@ -159,6 +163,22 @@ def test_unusable_golds_are_errors(gold: str) -> None:
 )
 def test_towers_are_seen_before_they_are_computed(text: str, dangerous: bool) -> None:
     assert explodes(text) is dangerous
+    assert (hazard(tidy(text)) is not None) is dangerous
+
+
+@pytest.mark.parametrize(
+    ("text", "dangerous"),
+    [
+        ("9⁹⁹⁹⁹⁹", True),
+        ("9^9⁹", True),
+        ("9⁹**9", True),
+        ("9**9⁹", True),
+        ("9**9**9", True),
+        ("x**2 + y**2", False),
+        ("x**10*y²", False),
+    ],
+)
+def test_towers_in_plain_notation_are_seen(text: str, dangerous: bool) -> None:
     assert (hazard(tidy(text)) is not None) is dangerous
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liubai.errors import UserError
+from liubai.measure.soundness import soundness
 from liubai.problems import rows
 from liubai.problems.questions import (
     Questions,
     digests,
-    grams,
-    near_duplicates,
     read_questions,
-    share_of,
     splits,
-    words,
 )
 from liubai.problems.rows import read_rows
 from liubai.problems.source import Bank, Families, source_of
+from liubai.problems.words import grams, near_duplicates, share_of, words
 
 ROWS = [{"question": f"What is {a} plus {a + 3}?", "answer": str(2 * a + 3)} for a in range(60)]
 
@@ -72,6 +72,7 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
         ("a.csv", b"question,question\n1,2\n", r"a\.csv:1: the column 'question' is there twice"),
         ("a.csv", b'question,answer\n"a\nb",2\n"open,3\n', r"a\.csv:4: not CSV"),
         ("a.parquet", b"PAR1 but not really", "is not a whole Parquet file"),
+        ("a.jsonl", '{"question": "x"}\n'.encode("utf-16"), r"a\.jsonl:1: not UTF-8 text"),
         ("a.txt", b"hello", "questions are read from .jsonl"),
     ],
 )
@@ -83,6 +84,65 @@ def test_a_broken_file_is_named_with_its_line(
         list(read_rows(str(tmp_path / name)))
     with pytest.raises(UserError, match="there is no file"):
         list(read_rows(str(tmp_path / "none.jsonl")))
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").mkdir()
+    os.mkfifo(tmp_path / "b.csv")  # nobody writes into it: who opened it would wait for ever
+    for name in ("a.jsonl", "b.csv"):
+        with pytest.raises(UserError, match=f"'.*{name}' is not a file"):
+            list(read_rows(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a\0b", "answer": "1"}, "'question' has a character that is no text"),
+        ({"question": "a\ud800", "answer": "1"}, "'question' has a character that is no text"),
+        ({"question": ["a"], "answer": "1"}, r"'question' must be text or a number, not \[\"a\"\]"),
+        ({"question": "a", "answer": float("nan")}, "'answer' must be text or a number, not nan"),
+        ({"question": "a", "answer": None}, "'answer' must be text or a number, not null"),
+        ({"question": "a", "answer": [float("inf")]}, "'answer' is not JSON"),
+        ({"question": " ", "answer": "1"}, "'question' is empty"),
+    ],
+)
+def test_a_row_that_holds_no_text(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: {message}"):
+        read_questions(config(str(path)))
+
+
+def test_bytes_and_dates_in_parquet(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"question": [b"Who is it?"], "answer": ["1"]}), path)
+    assert read_questions(config(str(path)))[0].problem.prompt == "Who is it?"
+    for value, kind in ((b"\xff", "bytes"), (datetime.date(2020, 1, 1), "date")):
+        parquet.write_table(pa.table({"question": ["Who?"], "answer": [value]}), path)
+        with pytest.raises(
+            UserError, match=rf"a\.parquet:1: 'answer' must be text or a number, not \"{kind}\""
+        ):
+            read_questions(config(str(path)))
+
+
+def test_options_that_a_row_leaves_out(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question,answer,tolerance,unit\nHow far?,1,0.01,km\nHow long?,2,,\n")
+    found = read_questions(config(str(tmp_path / "a.csv"), meta=("tolerance", "unit")))
+    assert [q.problem.meta for q in found] == [{"tolerance": 0.01, "unit": "km"}, {}]
+
+
+def test_a_duplicate_with_another_answer_says_so(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [ROWS[0], ROWS[0], ROWS[0] | {"answer": "0"}])
+    why = [q.left_out for q in read_questions(config(path))]
+    assert why == ["", "nearly the same as line 1", "nearly the same as line 1, with another answer"]
+    found = soundness(read_questions(config(path)))
+    assert [(f.line, f.kind, f.fatal) for f in found.findings if f.line] == [
+        (2, "duplicate", False),
+        (3, "contradiction", True),
+    ]
 
 
 def test_a_line_without_end_is_never_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +278,7 @@ def plain_duplicates(texts: Sequence[str]) -> list[set[int]]:
 
     def alike(a: str, b: str) -> bool:
         same = [w for w in words(a) if w.isdigit()] == [w for w in words(b) if w.isdigit()]
-        return same and len(runs(a) & runs(b)) >= 0.8 * len(runs(a) | runs(b))
+        return same and 5 * len(runs(a) & runs(b)) >= 4 * len(runs(a) | runs(b))
 
     groups: list[set[int]] = []
     for i, text in enumerate(texts):
@@ -235,10 +295,13 @@ def test_near_duplicates_equal_a_comparison_of_all_pairs(rng: random.Random) -> 
         if texts and rng.random() < 0.6:  # a change here or there
             listed = words(rng.choice(texts))
             for _ in range(rng.randrange(3)):
-                listed[rng.randrange(len(listed))] = rng.choice("abcdefg12")
+                at = rng.randrange(len(listed) + 1)
+                # a word or operator is changed, or left out in the middle, or at the end
+                listed[at : at + 1] = rng.choice(("a", "b", "1", "2", "+", "*", ""))
+            listed = listed[: len(listed) - rng.randrange(3)] or ["a"]
         else:
-            listed = [rng.choice("abcdefghij") for _ in range(rng.choice((1, 2, 8, 30)))]
-        texts.append(" ".join(listed))
+            listed = [rng.choice("abcdefghij-^") for _ in range(rng.choice((1, 2, 8, 12, 30)))]
+        texts.append(" ".join(listed) if words(" ".join(listed)) else "a")
     got: dict[int, set[int]] = {}
     for i, group in enumerate(near_duplicates(texts)):
         got.setdefault(group, set()).add(i)
@@ -262,6 +325,137 @@ def test_ten_words_in_a_row() -> None:
     assert not grams(nine + " k") & grams(f"x {nine} y")
     assert grams("a b c") == grams("A, b: c!")  # a short question is compared whole
     assert not grams("a b")  # and a very short one not at all
+
+
+@pytest.mark.parametrize("n", [5, 10, 15, 20, 40])
+def test_exactly_four_fifths_in_common_is_enough(n: int) -> None:
+    """The runs that only the longer text has are its rarest: it takes one more to find the shorter."""
+    long = [f"w{'abcdefghij'[i // 10]}{'abcdefghij'[i % 10]}" for i in range(n + 2)]
+    short, shorter = long[: n * 4 // 5 + 2], long[: n * 4 // 5 + 1]
+    assert near_duplicates([" ".join(long), " ".join(short)]) == [0, 0]
+    assert near_duplicates([" ".join(short), " ".join(long)]) == [0, 0]
+    assert near_duplicates([" ".join(long), " ".join(shorter)]) == [0, 1]
+
+
+DIFFERENT = [
+    ("What is 3 + 4?", "What is 3 - 4?", "What is 3 * 4?", "What is 3 ÷ 4?", "What is 3 × (4 + 0)?"),
+    ("Solve x > 3", "Solve x < 3", "Solve x ≤ 3", "Solve x = 3"),
+    ("Compute -5 + 3", "Compute 5 + 3"),
+    ("What is A ∪ B?", "What is A ∩ B?"),
+    ("What is 2³?", "What is 23?", "What is 3½?", "What is 31/2?", "What is 2.3?"),
+    ("What is (2 + 3) * 4?", "What is 2 + (3 * 4)?"),
+    ("What is 5!?", "What is 5?"),
+    ("कि क्या है?", "का क्या है?"),  # marks are letters, too
+    ("🍎 costs how much?", "🍐 costs how much?"),
+    tuple(LONG.format(80) + f" and f(x) = {k}x, what is it?" for k in (2, 3)),
+    tuple(LONG.format(80) + f" minus a, x {sign} 1, what is it?" for sign in "+-"),
+]
+
+
+@pytest.mark.parametrize("asked", DIFFERENT)
+def test_operators_and_digits_make_another_question(asked: tuple[str, ...], tmp_path: Path) -> None:
+    listed = [{"question": q, "answer": str(i)} for i, q in enumerate(asked)]
+    found = read_questions(config(jsonl(tmp_path / "a.jsonl", listed)))
+    assert [q.left_out for q in found] == [""] * len(asked)
+
+
+def test_keeping_out_looks_at_operators(tmp_path: Path) -> None:
+    bench = jsonl(tmp_path / "bench.jsonl", [{"question": "What is 17 * 23?"}, {"question": "5 / 4"}])
+    asked = ["What is 17 + 23?", "what is $17 \\times 23 = $?", "5 - 4", "5 ÷ 4 = ?"]
+    path = jsonl(tmp_path / "a.jsonl", [{"question": q, "answer": "1"} for q in asked])
+    kept = read_questions(config(path, eval_share=0.0, keep_out=(bench,)))
+    assert [bool(q.left_out) for q in kept] == [False, True, False, True]
+    text = "Of all the numbers that were {} on the board today, x + 1 is how large? Say it."
+    assert grams(text.format("written")) & grams("Hear this. " + text.format("written"))
+
+
+SAME = [
+    ("caf\u00e9 3 + 4", "cafe\u0301 3+4", "CAFÉ ３ ＋ ４ = ?", "c\u200baf\u00ade\u0301 $3+4$"),
+    ("x^2 - y", "x² − y", "x**2 – y", "$x^{2}-y$", "x^2\\,-\\;y"),
+    ("x <= 1/2", "x ≤ ½", "\\( x \\leq 1/2 \\)", "ｘ ＜＝ 1 ÷ 2"),
+    ("\\frac{1}{2} (x)", "\\dfrac{1}{2} \\left( x \\right)", "\\tfrac{1} {2}\\quad(x)"),
+    ("A well-known boy and/or girl has 1,000 apples", "a **well known** boy and or girl\nhas *1000* apples"),
+    ("- Say it now", "Say it\tnow!", "> say it — now", "-----\nSay it now"),
+    ("İstanbul ǰ", "i\u0307stanbul j\u030c"),
+]
+
+
+@pytest.mark.parametrize("spellings", SAME)
+def test_the_same_in_other_signs(spellings: tuple[str, ...]) -> None:
+    assert [words(text) for text in spellings] == [words(spellings[0])] * len(spellings)
+    assert len({share_of(text) for text in spellings}) == 1
+
+
+# ---- the instruction ----
+
+TELL = "Think about it step by step and then " * 4 + "put the final answer in a box, please."
+
+
+def test_an_instruction_makes_no_duplicates(tmp_path: Path) -> None:
+    listed = [
+        {"question": f"What is the capital of {land}?", "answer": town}
+        for land, town in (("France", "x"), ("Spain", "x"), ("Italy", "x"), ("Peru", "x"))
+    ]
+    found = read_questions(config(jsonl(tmp_path / "a.jsonl", listed), instruction=TELL))
+    assert [q.left_out for q in found] == [""] * 4
+    assert all(q.problem.prompt.startswith(TELL) for q in found)
+
+
+def test_an_instruction_moves_no_question(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", ROWS)
+    plain, told = config(path), config(path, instruction=TELL)
+    assert [q.held_out for q in read_questions(plain)] == [q.held_out for q in read_questions(told)]
+    asked = [[p.prompt.removeprefix(TELL + "\n") for p in Bank(c).held_out(3)] for c in (plain, told)]
+    assert asked[0] == asked[1]
+
+
+def test_an_instruction_hides_nothing_that_is_kept_out(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", ROWS)
+    bench = jsonl(tmp_path / "bench.jsonl", [ROWS[7]])
+    for instruction in ("", TELL):
+        kept = read_questions(config(path, eval_share=0.0, keep_out=(bench,), instruction=instruction))
+        assert [q.line for q in kept if q.left_out] == [8]
+
+
+# ---- groups ----
+
+
+def test_near_duplicates_stay_together_in_any_order(tmp_path: Path) -> None:
+    """Whichever comes first, and also where their answers differ and all of them are used."""
+    ends = ["dusk", "dawn", "noon", "night", "lunch", "tea"]
+    listed = [
+        {"question": LONG.format(n) + f" until {end}.", "answer": end} for n in range(40) for end in ends
+    ]
+    sides = []
+    for order in (listed, listed[::-1]):
+        found = read_questions(config(jsonl(tmp_path / "a.jsonl", order), eval_share=0.8))
+        assert not any(q.left_out for q in found)
+        sides.append({q.text: q.held_out for q in found})
+    assert sides[0] == sides[1]
+    assert set(sides[0].values()) == {False, True}
+    for n in range(40):
+        assert len({sides[0][LONG.format(n) + f" until {end}."] for end in ends}) == 1
+    # a row fewer holds out no less: what is added never holds out what was trained on
+    fewer = read_questions(config(jsonl(tmp_path / "b.jsonl", listed[::2]), eval_share=0.8))
+    assert all(q.held_out for q in fewer if sides[0][q.text])
+
+
+def test_a_near_duplicate_of_what_is_kept_out_is_kept_out(tmp_path: Path) -> None:
+    start, end = "One two three four five six seven eight nine", "b c d e f g h i j k l m n o p q r s t u v w"
+    asked = [f"{start} {end} twice", f"{start} {end}"]
+    bench = jsonl(tmp_path / "bench.jsonl", [{"question": "o p q r s t u v w twice"}])
+    path = jsonl(tmp_path / "a.jsonl", [{"question": q, "answer": "1"} for q in reversed(asked)])
+    kept = read_questions(config(path, eval_share=0.0, keep_out=(bench,)))
+    assert [q.left_out for q in kept] == [f"shares ten words with {bench}", "nearly the same as line 1"]
+
+
+def test_how_many_are_left_out_is_said_in_one_sentence(tmp_path: Path) -> None:
+    assert Bank(config(jsonl(tmp_path / "a.jsonl", ROWS))).note == ""
+    path = jsonl(tmp_path / "a.jsonl", [*ROWS, ROWS[0], ROWS[1], ROWS[2] | {"answer": "0"}])
+    assert Bank(config(path)).note == (
+        "3 of 63 questions are left out (2: nearly the same as another; 1: nearly the same as another, "
+        "with another answer); `liubai check` names them"
+    )
 
 
 # ---- where stages ask ----

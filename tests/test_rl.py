@@ -112,6 +112,13 @@ WAYS: dict[str, dict[str, Any]] = {
         "reference_every": 3,
         "loss": {"aggregation": "sequence-mean", "kl": 0.05, "importance": "truncate"},
     },
+    "sixteen bits": {
+        "precision": "bfloat16",
+        "optimizer_state": "bfloat16",
+        "checkpointing": True,
+        "tokens_per_microbatch": 64,
+        "inflight": True,
+    },
     "menu": {
         "preset": "reinforce++",
         "refills": 2,
@@ -224,7 +231,7 @@ def test_three_nonfinite_steps_in_a_row_stop_the_run(
         rl.run(config_of(steps=9), context)
     assert next(skipped, None) is None
     assert len(view.warnings) == 5
-    assert "step 1: the gradient was not finite" in view.warnings[0]
+    assert "step 1: 1 of 1 gradients were not finite" in view.warnings[0]
 
 
 def test_learning_rate_rises_and_falls() -> None:

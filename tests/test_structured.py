@@ -234,6 +234,22 @@ def test_formulas(gold: str, answer: str, correct: bool) -> None:
     assert logic(gold, answer, FORMULA) is correct
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer", "correct"),
+    [
+        ("A & B", "B & A", True),
+        ("A ∧ B", "B and A", True),
+        ("not A or B", "A -> B", True),
+        ("~(A | B)", "~A & ~B", True),
+        ("A & B", "A | B", False),
+        ("A: knight, B: knave", "B is a knave and A is a knight", True),
+        ("Alice -> red", "alice: red", True),
+    ],
+)
+def test_a_gold_with_the_sign_of_a_formula_is_one(gold: str, answer: str, correct: bool) -> None:
+    assert VERIFIERS["logic"](gold, answer, {}) == correct
+
+
 def test_a_formula_that_was_to_be_simplified_may_not_be_repeated() -> None:
     question, gold = "(p and q) or (p and not q)", "p"
     assert logic(gold, question, FORMULA)

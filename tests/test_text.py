@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 
 from liubai.errors import UserError
 from liubai.problems import world_vocabulary
-from liubai.text.template import BARE, THINK_ANSWER, Template, template_for, text_of
+from liubai.text.template import BARE, THINK_ANSWER, Template, require_readable, template_for, text_of
 from liubai.text.tokenizer import BOS, EOS, TAGS, UNKNOWN, TextTokenizer, word_level
 from liubai.types import Sample, Span, Stop
 
@@ -146,6 +146,17 @@ def test_a_broken_template_is_the_users_to_mend(source: str) -> None:
         Template(TOKENIZER, source)
 
 
+def test_a_template_may_leave_a_loop_as_in_transformers() -> None:
+    source = "{% for m in messages %}{{ m.content }}{% break %}{% endfor %}!"
+    assert Template(TOKENIZER, source).render("ok") == "ok!"
+
+
+def test_a_template_that_is_not_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template\.jinja' is not UTF-8"):
+        template_for(TOKENIZER, tmp_path)
+
+
 def test_a_template_that_breaks_on_one_question_says_so() -> None:
     template = Template(TOKENIZER, "{{ 1 / (messages[0].content | length - 2) }}")
     template.render("1")
@@ -170,6 +181,20 @@ def test_a_template_that_breaks_on_one_question_says_so() -> None:
 def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
     with pytest.raises(UserError, match="chat template does not work"):
         Template(TOKENIZER, source)
+
+
+# ---- questions that a model can read ----
+
+
+def test_a_model_that_cannot_read_the_questions_is_refused() -> None:
+    """Their text looks well in every log; what the model is given are unknowns."""
+    template = Template(TOKENIZER, BARE)
+    with pytest.raises(UserError, match=r"cannot read these questions: \d+% of their tokens are unknown"):
+        require_readable(template, ["What is the molar mass of water?"])
+    require_readable(template, ["3 + 4 water"])
+    bytes_ = Tokenizer(models.BPE())  # has no unknown
+    bytes_.add_tokens([EOS])
+    require_readable(Template(TextTokenizer(bytes_, bos=None), BARE), ["What?"])
 
 
 # ---- answers as text ----

@@ -484,14 +484,83 @@ def test_an_answer_that_could_not_be_graded_teaches_nothing() -> None:
     generator = torch.Generator().manual_seed(3)
     samples = [random_sample(generator, prompt=4, completion=20) for _ in range(4)]
     error = Reward({"error": 0.0}, 0.0)
-    wrong, right = Reward({}, -1.0), Reward({}, 1.0)
+    wrong = Reward({}, -1.0)
     only_wrong = Group(PROBLEM, tuple(samples), (error, wrong, wrong, wrong))
     model = tiny_model(1)
     optimizer = Optimizer(model, lr=1e-2)
     metrics = update(model, optimizer, [only_wrong], settings_of(), version=9, pad_id=EOS)
     assert (metrics["zero_variance"], optimizer.steps) == (1, 0)
-    mixed = Group(PROBLEM, tuple(samples), (error, wrong, right, wrong))
-    assert liubai.learn.update._totals(mixed)[0] == pytest.approx(-1 / 3)  # its group's mean
+
+
+ALL_KINDS = ("grpo", "dr-grpo", "batch-std", "rloo", "reinforce++", "reinforce++-baseline")
+
+
+@pytest.mark.parametrize("kl_in", ["loss", "reward"])
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_what_it_says_never_matters(kind: str, kl_in: str) -> None:
+    """Other tokens in the answers that could not be graded: not a bit of the new weights differs."""
+    groups = []
+    for seed in (3, 4):
+        kept, lost = torch.Generator().manual_seed(5), torch.Generator().manual_seed(seed)
+        failed = {(0, 0), (1, 0), (1, 1), (1, 2), (1, 3), (2, 2)}  # one group wholly
+        groups.append(
+            [
+                Group(
+                    PROBLEM,
+                    tuple(
+                        random_sample(lost if (g, i) in failed else kept, prompt=4, completion=20)
+                        for i in range(4)
+                    ),
+                    tuple(
+                        Reward({"error": 0.0}, 0.0) if (g, i) in failed else Reward({}, float(i % 2) * 2 - 1)
+                        for i in range(4)
+                    ),
+                )
+                for g in range(3)
+            ]
+        )
+    loss = {"kl": 0.0 if kl_in == "loss" else 0.05, "kl_in": kl_in}
+    after = []
+    for which in groups:
+        model = tiny_model(1)
+        config = settings_of(advantage=kind, loss=loss)
+        update(
+            model, Optimizer(model, lr=1e-2), which, config, version=9, pad_id=EOS, reference=tiny_model(2)
+        )
+        after.append(model.state_dict())
+    for name, tensor in after[0].items():
+        torch.testing.assert_close(tensor, after[1][name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "batch-std", "rloo"])
+def test_a_kl_in_the_reward_brings_no_group_back(kind: str) -> None:
+    """All four are right: that their KLs differ in the fourth digit is no lesson."""
+    (group,) = some_groups(count=1)
+    right = Group(PROBLEM, group.samples, (Reward({}, 1.0),) * 4)
+    config = settings_of(advantage=kind, loss={"kl": 1e-3, "kl_in": "reward"})
+    model = tiny_model(1)
+    metrics = update(
+        model, Optimizer(model, lr=1e-2), [right], config, version=9, pad_id=EOS, reference=tiny_model(2)
+    )
+    assert metrics["zero_variance"] == 1
+    assert "updates" not in metrics
+
+
+def test_one_broken_minibatch_of_three_is_one() -> None:
+    groups = some_groups()
+    ids = groups[1].samples[0].completion_ids
+    broken = Group(
+        PROBLEM,
+        tuple(replace(s, logprobs=(math.nan,) * len(s.logprobs)) for s in groups[1].samples),
+        groups[1].rewards,
+    )
+    assert ids
+    model = tiny_model(1)
+    optimizer = Optimizer(model, lr=1e-2)
+    config = settings_of(minibatches=3)
+    metrics = update(model, optimizer, [groups[0], broken, groups[2]], config, version=9, pad_id=EOS)
+    assert (metrics["skipped"], metrics["updates"], optimizer.steps) == (1, 3, 2)
+    assert math.isfinite(metrics["grad_norm"])
 
 
 def test_ess_falls_with_distance_from_the_sampler() -> None:

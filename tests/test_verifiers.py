@@ -156,6 +156,26 @@ def test_no_answer_crashes_or_hangs(verifier: str, answer: str) -> None:
     assert VERIFIERS[verifier](gold, answer, meta) in (True, False)
 
 
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        *(
+            (f"\\{command}{{{letter}}}", True)
+            for command in ("text", "textbf", "mathrm")
+            for letter in ("B", "(b)")
+        ),
+        *(("**B**", True), ("**B.**", True), ("**(B)**.", True), ("\\text {B}", True)),
+        *((said, False) for said in ("\\text{A}", "**A**", "**A** **B**", "\\text{A}\\text{B}", "**AB**")),
+        *(
+            (said, False)
+            for said in ("\\text{B or A}", "**", "****", "\\text{}", "\\text{not }B", "\\bad{B}")
+        ),
+    ],
+)
+def test_a_letter_may_be_set_in_type(answer: str, right: bool) -> None:
+    assert VERIFIERS["choice"]("B", answer, {}) is right
+
+
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_long_answers_are_cheap(verifier: str) -> None:
     gold, _, meta = PROBLEMS[verifier]

@@ -2,17 +2,20 @@
 
 ``meta["kind"]`` is one of
 
-* ``assert`` (default). The gold is a test program, or a JSON list of pieces, of which each that contains an
+* ``assert`` (default). The gold is a test program, or a JSON list of pieces, of which each that runs an
   ``assert`` is worth the same share of the score and the others prepare the ground. It uses the names that
   the answer defines, as if it followed in the same file. It passes when it ends without an exception.
+  Where it defines ``check`` and does not call it, as HumanEval's column ``test`` does, ``check(NAME)``
+  follows it, with NAME from ``meta["entry_point"]``. Functions ``test_…`` are not called by themselves:
+  a gold that tests nothing when it is run is an error.
 * ``stdio``. The gold is a JSON list of ``[input, expected output]``. The program runs once for each; it has
   to exit with 0 and print what is expected, white space at the ends of lines and blank lines at the end
   apart. Each pair is worth the same.
 
 Options: ``meta["timeout"]``, seconds of wall clock a run (default 5); ``meta["memory_mb"]`` (default 512);
 ``meta["entry_point"]``, a name that the tests take from the program even if Python has one like it (a
-program that is asked for ``sum``). All runs together end before the pool's own clock does: a program that
-hangs is *wrong*, no error.
+program that is asked for ``sum``), and that ``check`` is called with.
+All runs together end before the pool's own clock does: a program that hangs is *wrong*, no error.
 
 Tests and program never share a process. The tests run in a second sandbox and call the program over a
 pipe (:mod:`liubai.grade.link`): arguments and results go over by value, as exact built-in types. So a
@@ -40,6 +43,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from liubai.grade import clock
+from liubai.grade.reach import calls, defines, reaches_test
 from liubai.grade.sandbox import Limits, compiled, pipe, run, spawn, watch
 
 LINK = compiled("link")
@@ -61,15 +65,26 @@ def code(gold: str, answer: str, meta: Mapping[str, Any]) -> float:
     limits = _limits(meta)
     left = clock.left()
     end = left - min(MARGIN_S, left / 4)  # "time left" at which we stop is what remains of the margin
+    if _kind(meta) == "assert":
+        return _asserts(_pieces(gold, _entry_point(meta)), answer, meta, _at_most(limits, end))
+    pairs = _pairs(gold)
+    stop_at = left - end if math.isfinite(left) else 0.0
+    passed = [_prints(stdin, stdout, answer, limits, stop_at) for stdin, stdout in pairs]
+    return sum(passed) / len(passed)
+
+
+def check_options(meta: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for options that :func:`code` would not take."""
+    _limits(meta)
+    _entry_point(meta)
+    _kind(meta)
+
+
+def _kind(meta: Mapping[str, Any]) -> str:
     kind = meta.get("kind", "assert")
-    if kind == "assert":
-        return _asserts(_pieces(gold), answer, meta, _at_most(limits, end))
-    if kind == "stdio":
-        pairs = _pairs(gold)
-        stop_at = left - end if math.isfinite(left) else 0.0
-        passed = [_prints(stdin, stdout, answer, limits, stop_at) for stdin, stdout in pairs]
-        return sum(passed) / len(passed)
-    raise ValueError(f"meta 'kind' is 'assert' or 'stdio', not {str(kind)[:40]!r}")
+    if kind not in ("assert", "stdio"):
+        raise ValueError(f"meta 'kind' is 'assert' or 'stdio', not {str(kind)[:40]!r}")
+    return str(kind)
 
 
 def _limits(meta: Mapping[str, Any]) -> Limits:
@@ -99,17 +114,29 @@ def _at_most(limits: Limits, seconds: float) -> Limits:
 # --- tests that call the program --------------------------------------------------------------------
 
 
-def _pieces(gold: str) -> list[tuple[str, bool]]:
-    """The test program's pieces, and whether each counts."""
+def _pieces(gold: str, entry_point: str) -> list[tuple[str, bool]]:
+    """The test program's pieces, and whether each counts.
+
+    Raises ``ValueError`` for what is no Python and for tests of which none is run.
+    """
     pieces = _json_list(gold)
     if pieces is None:
-        _parse(gold)
-        return [(gold, True)]
-    if not all(isinstance(piece, str) for piece in pieces):
+        pieces = [gold]
+    elif not all(isinstance(piece, str) for piece in pieces):
         raise ValueError("a list of tests holds strings, each a piece of Python")
-    counted = [(piece, any(isinstance(n, ast.Assert) for n in ast.walk(_parse(piece)))) for piece in pieces]
+    parsed = [_parse(piece) for piece in pieces]
+    uncalled = any(defines(m, "check") for m in parsed) and not any(calls(m, "check") for m in parsed)
+    if uncalled and entry_point.isidentifier():
+        pieces = [*pieces, f"check({entry_point})"]
+        parsed.append(_parse(pieces[-1]))
+    counted = [(piece, reaches_test(tree, parsed)) for piece, tree in zip(pieces, parsed, strict=True)]
     if not any(counts for _, counts in counted):
-        raise ValueError("there is no assert in the list of tests")
+        why = (
+            "it defines 'check': meta 'entry_point' says what to call it with"
+            if uncalled
+            else ("there is no assert in the tests, or only in functions that nothing calls")
+        )
+        raise ValueError(f"the tests test nothing: {why}")
     return counted
 
 

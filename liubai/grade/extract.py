@@ -32,6 +32,7 @@ MAX_PROGRAM = 100_000  #: characters
 BOX = "\\boxed{"
 _ANSWER_TAG = re.compile(f"{ANSWER}|{END_ANSWER}")
 _FENCE = re.compile(r"^[ \t]*```([^\n`]*)$", re.MULTILINE)
+_PYTHON: tuple[list[str], ...] = ([], ["python"], ["py"], ["python3"])  #: words behind a fence
 _BRACE = re.compile(r"\\[{}]|[{}]")  # an escaped brace is consumed whole and does not count
 
 
@@ -43,19 +44,21 @@ class Extracted:
     why: str
 
 
-def extract(response: str, prefilled: str = "") -> Extracted:
+def extract(response: str, prefilled: str = "", longest: int = MAX_ANSWER) -> Extracted:
     """The answer in ``response``; ``prefilled`` is the template's beginning of the assistant's turn."""
     said = _said(response, prefilled)
     if said.answer is None:
         return said
     if _ANSWER_TAG.search(said.answer):
-        return _from_tags(said.answer, MAX_ANSWER)
-    return _from_box(said.answer)
+        return _from_tags(said.answer, longest)
+    return _from_box(said.answer, longest)
 
 
 def extract_code(response: str, prefilled: str = "") -> Extracted:
-    """The last fenced block after the thought (```` ```python … ``` ````, any language word), in the
-    answer tags where there are some. A fence that never closes is no program."""
+    """The last fenced block after the thought that says ``python``, ``py``, ``python3`` or nothing; where
+    there is none, the last in any other language. In the answer tags where there are some.
+
+    A block of output may follow the program. A fence that never closes is no program."""
     said = _said(response, prefilled)
     if said.answer is None:
         return said
@@ -65,12 +68,15 @@ def extract_code(response: str, prefilled: str = "") -> Extracted:
         if tagged.answer is None:
             return tagged
         text = tagged.answer
-    last, begin = None, None
+    last, begin, python, found = None, None, False, False
     for fence in _FENCE.finditer(text):
         if begin is None:
             begin = fence.end() + 1
+            python = fence[1].lower().split()[:1] in _PYTHON
         elif not fence[1].strip():  # with a word it would open another one: it belongs to the program
-            last, begin = text[begin : fence.start()], None
+            if python or not found:
+                last, found = text[begin : fence.start()], found or python
+            begin = None
     if last is None or begin is not None:
         return Extracted(None, "no closed fence after the thought, or the last one is never closed")
     if not last.strip():
@@ -113,19 +119,19 @@ def _from_tags(said: str, longest: int) -> Extracted:
         return Extracted(None, "a box in the answer is never closed")
     if len({" ".join(content.split()) for content in contents}) > 1:
         return Extracted(None, "different boxes in one answer")
-    return _checked(contents[-1], "box in the answer tag")
+    return _checked(contents[-1], "box in the answer tag", longest)
 
 
-def _from_box(said: str) -> Extracted:
+def _from_box(said: str, longest: int) -> Extracted:
     if BOX not in said:
         return Extracted(None, "no answer tag and no box after the thought")
     contents = boxes(said)
     if contents is None:
         return Extracted(None, "the last box is never closed")
-    return _checked(contents[-1], "last box")
+    return _checked(contents[-1], "last box", longest)
 
 
-def _checked(answer: str, where: str, longest: int = MAX_ANSWER) -> Extracted:
+def _checked(answer: str, where: str, longest: int) -> Extracted:
     answer = answer.strip()
     if not answer:
         return Extracted(None, f"the answer is empty ({where})")

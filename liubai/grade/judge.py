@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from liubai.errors import UserError, nearest
-from liubai.grade.extract import END_THINK, THINK, extract, extract_code
+from liubai.grade.extract import END_THINK, MAX_ANSWER, MAX_PROGRAM, THINK, extract, extract_code
 from liubai.grade.format import check_format
 from liubai.grade.verifiers import VERIFIERS
 
@@ -27,23 +27,29 @@ Checker = Callable[[str, str, Mapping[str, Any]], object]
 
 #: Verifiers whose answer is a program, in a fence and not in answer tags.
 PROGRAMS = frozenset({"code"})
+#: Verifiers whose answers may be as long as a program: the moves of a puzzle, say. Never a bounded one.
+LONG = frozenset({"gym"})
 
 #: Ours that are not bounded by construction: name -> where it lives. Imported by workers alone.
 CAGED: dict[str, str] = {
     "code": "liubai.grade.code:code",
+    "gym": "liubai.grade.gym:gym",
     "judge": "liubai.grade.remote:judge",
     "math": "liubai.grade.maths:math",
     "regex": "liubai.grade.structured:regex",
 }
 
 #: Verifiers that need a package of an extra: name -> (module, extra).
-NEEDS: dict[str, tuple[str, str]] = {"math": ("math_verify", "math")}
+NEEDS: dict[str, tuple[str, str]] = {"gym": ("reasoning_gym", "gym"), "math": ("math_verify", "math")}
 
 #: Verifiers that need variables of the environment.
 ASKS: dict[str, tuple[str, ...]] = {"judge": ("LIUBAI_JUDGE_URL", "LIUBAI_JUDGE_MODEL")}
 
 #: Seconds for a grader process to start and, again, to import user code: sympy on a busy machine.
 LOAD_S = 30.0
+
+#: What the error of a verdict says when its checker could not even be loaded.
+UNLOADED = "cannot be loaded"
 
 _FUNCTION = re.compile(r"[A-Za-z_]\w*")
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -120,7 +126,7 @@ def answer_of(item: GradeItem, prefilled: str) -> str | None:
     """What is judged: the answer, or for a verifier of programs the last fenced block."""
     if item.verifier in PROGRAMS:
         return extract_code(item.response, prefilled).answer
-    return extract(item.response, prefilled).answer
+    return extract(item.response, prefilled, MAX_PROGRAM if item.verifier in LONG else MAX_ANSWER).answer
 
 
 def error_verdict(item: GradeItem, error: str) -> Verdict:

@@ -6,6 +6,11 @@ is nothing for it to read, patch or leave early; the tests' end holds nothing of
 exact built-in types, whose ``==`` is Python's own. What is not plain (an instance, a generator, a module)
 stays where it is, and the other end has a :class:`Remote` for it; a remote is never equal to a plain value.
 
+What does not come over, so that a right program may fail: the program can call a function or method of the
+tests', but not look into an instance of a class that they define (a ``TreeNode``: let the program define
+it); what it does in place to a list, dict, set or bytearray comes back where that is an argument itself,
+as a new content: a list inside of it, or inside a tuple, that the tests still hold elsewhere is not changed.
+
 On the wire: 8 bytes of length, then one encoded tuple: a request (``call``, ``bind``, ``operate``) or the
 answer to one (``return``, ``raise``). Requests nest: a program may call a function that it was given.
 """
@@ -59,18 +64,22 @@ class Link:
         self.offered: list[Any] = []
 
     def ask(self, *request: Any) -> Any:
-        """The other end's answer. Raises what was raised there, if it is built in."""
-        self._send(request)
-        return self.wait()
+        """The other end's answer. Raises what was raised there, if it is built in.
 
-    def wait(self) -> Any:
+        To the tests' end ``StopIteration`` comes from ``next`` alone, and is a ``RuntimeError`` elsewhere:
+        raised by a function in ``map(f, cases)`` it would end the tests' loop as if all cases were done.
+        """
+        self._send(request)
+        return self.wait(may_stop=self.open_all or request[:2] == ("operate", "__next__"))
+
+    def wait(self, may_stop: bool = False) -> Any:
         """Answer requests until the answer to ours is there."""
         while True:
             kind, *fields = self._receive()
             if kind == "return":
                 return fields
             if kind == "raise":
-                raise _rebuilt(*fields)
+                raise _rebuilt(may_stop, *fields)
             try:
                 answer = self._answer(kind, *fields)
             except Broken:
@@ -85,14 +94,10 @@ class Link:
             return ({name: self.names[name] for name in fields[0] if name in self.names},)
         if kind == "call":
             function, args, options = fields
-            before = [self.encode(arg) if type(arg) in _IN_PLACE else b"" for arg in args]
+            given = dict(enumerate(args)) | options  # by number or by name
+            before = {key: self.encode(arg) for key, arg in given.items() if type(arg) in _IN_PLACE}
             value = function(*args, **options)
-            changed = {
-                i: arg
-                for i, (arg, old) in enumerate(zip(args, before, strict=True))
-                if type(arg) in _IN_PLACE and self.encode(arg) != old
-            }
-            return value, changed
+            return value, {k: given[k] for k, old in before.items() if self.encode(given[k]) != old}
         if kind == "operate" and self.open_all:
             operation, value, args = fields
             return (_OPERATIONS[operation](value, *args),)
@@ -257,8 +262,9 @@ class Remote:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         value, changed = _link(self).ask("call", self, args, options)
-        for i, new in changed.items():  # what the function did to its arguments
-            arg = args[i]
+        given = dict(enumerate(args)) | options
+        for key, new in changed.items():  # what the function did to its arguments
+            arg = given[key]
             arg.clear()
             arg.extend(new) if type(arg) in (list, bytearray) else arg.update(new)
         return value
@@ -296,10 +302,11 @@ def _text(error: BaseException) -> str:
         return ""
 
 
-def _rebuilt(name: Any = "", text: Any = "", *_: Any) -> Exception:
-    """An exception of the other end as one of this end."""
+def _rebuilt(may_stop: bool, name: Any = "", text: Any = "", *_: Any) -> Exception:
+    """An exception of the other end as one of this end. ``may_stop``: may it end an iteration?"""
     kind = getattr(builtins, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, Exception)) or kind in _PARTICULAR:
+    stops = kind in (StopIteration, StopAsyncIteration) and not may_stop
+    if not (isinstance(kind, type) and issubclass(kind, Exception)) or kind in _PARTICULAR or stops:
         kind, text = RuntimeError, f"{name}: {text}"
     error: Exception = kind(text)
     error.remote = True  # type: ignore[attr-defined]

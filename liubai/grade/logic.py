@@ -27,6 +27,8 @@ _SPLIT = re.compile(r"\s*(?:[,;\n]|\.(?=\s|$))\s*(?:and\s+)?|\s+and\s+", re.IGNO
 _NUMBERED = re.compile(r"^ ?(?:\(?[0-9]{1,2}[.)]|[-*•]) ", re.MULTILINE)
 _PAIR = re.compile(r"(.+?)\s*(?::=|[:=]|->|→|\s(?:is|are|must be|was)\s)\s*(.+)", re.IGNORECASE)
 _ARTICLE = re.compile(r"(?:a|an|the)\s+", re.IGNORECASE)
+#: what no assignment has (an arrow may stand in one)
+_CONNECTIVE = re.compile(r"[&|∧∨¬~↔⇔⊕^]|<->|\b(?:or|not|iff|implies|xor)\b", re.IGNORECASE)
 _MARKUP = re.compile(r"[*`\"'$]|\\text\{([^{}]*)\}")
 
 
@@ -35,11 +37,12 @@ def logic(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
     whatever the order, case and wording (true, yes, knight … / false, no, knave …).
 
     A piece without a value is a statement, and counts as true: gold may be a set of statements. With
-    ``meta["kind"] = "formula"`` both are formulas that have to be equivalent (:mod:`liubai.grade.formula`);
-    ``meta["max_signs"]`` then bounds the answer's length in names and connectives (brackets not counted),
+    ``meta["kind"] = "formula"``, or a gold that has a sign of one (``&``, ``∨``, ``not`` …), both are
+    formulas that have to be equivalent (:mod:`liubai.grade.formula`); ``meta["max_signs"]`` then bounds the
+    answer's length in names and connectives (brackets not counted),
     so that a formula that was to be simplified cannot just be repeated.
     """
-    kind = meta.get("kind", "assignment")
+    kind = meta.get("kind", "formula" if _CONNECTIVE.search(gold) else "assignment")
     if kind == "formula":
         return _equivalent(gold, answer, meta)
     if kind != "assignment":

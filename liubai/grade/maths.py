@@ -13,6 +13,10 @@ Stricter than Math-Verify, so that nothing is earned by leaving the work to the 
 - With ``meta["question"]``, a formula that is copied from the question is wrong unless gold stands there.
 - ± and lists of alternatives are never equal to one value.
 
+Plain notation is brought into LaTeX's: ``2*pi``, ``ln(2)``, ``x**2``, ``x²``, ``{5}``, ``0.\overline{3}``.
+What is left, and wrong: other names of functions (``asin(x)``, ``root(3, 2)``), a power of a bracket in
+brackets (``2**(x**2)``), ``{1, 2}`` for a tuple, a union of intervals written with "or", words for formulas.
+
 An answer that is dangerous to compute (towers of powers, huge exponents) is wrong, not an error.
 """
 
@@ -37,14 +41,17 @@ from liubai.grade.mathtext import (
     explodes,
     hazard,
     is_composite,
+    is_empty,
     is_list,
     is_name,
+    says,
     split_name,
+    text_of,
     tidy,
     unfinished,
     words,
 )
-from liubai.grade.quantity import Quantity, read_number, same_number, without_unit
+from liubai.grade.quantity import Quantity, read_number, same_number, split_unit, units_agree
 from liubai.grade.verifiers import tolerance_of
 
 # it warns that its time limits are off, which is what we want
@@ -91,7 +98,9 @@ def math(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
         return False
     if _copied(right, given, meta):
         return False
-    golds = _parsed(right)
+    if not units_agree(split_unit(right, trusted=True)[1], split_unit(given)[1]):
+        return False
+    golds = _parsed(right, trusted=True)
     answers = _parse(given) if number is None else [_sympy_number(number)]
     if not golds or not answers or not _same(golds[0], answers[0]):
         return False
@@ -117,13 +126,18 @@ def _plainly(right: str, given: str, meta: Mapping[str, Any]) -> bool | None:
     numeral = based(gold_value)
     if numeral is not None:  # the question names the base: it may be missing in the answer
         return same_name and (based(given_value) or (given_value.lstrip("0"), numeral[1])) == numeral
-    number, other = read_number(gold_value), read_number(given_value)
+    number, other = read_number(gold_value, trusted=True), read_number(given_value)
     if number is not None:
         if other is not None:
             return same_name and same_number(number, other, tolerance)
         if based(given_value) is not None or not meta.get("compute", False):
             return _last_side(given, number, tolerance)
         return None
+    said = text_of(right)
+    if said is not None and says(given, said):
+        return True
+    if is_empty(right) and is_empty(given):
+        return True
     said = words(right)
     if said is not None and (len(said) > 1 or words(given) is not None):
         return said == words(given)
@@ -166,9 +180,9 @@ def _sympy_number(number: Quantity) -> Any:
     return exact if number.places is None or number.percent else exact.evalf(max(15, number.places))
 
 
-def _parse(text: str) -> list[Any]:
+def _parse(text: str, trusted: bool = False) -> list[Any]:
     """What Math-Verify makes of one formula: at most one sympy object, or nothing."""
-    formula = without_unit(text).replace("\\degree", "^{\\circ}").replace("\n", " ")
+    formula = split_unit(text, trusted)[0].replace("\\degree", "^{\\circ}").replace("\n", " ")
     found: list[Any] = parse(f"${formula}$", _FORMULA_ONLY, fallback_mode="no_fallback", parsing_timeout=0)
     return found
 
@@ -181,11 +195,30 @@ def _same(gold: Any, given: Any) -> bool:
         same = _same_relation(gold, given)
         if same is not None:
             return same
+    if isinstance(gold, sympy.Set) and isinstance(given, Relational | sympy.And):
+        return _same_region(gold, given)
     if _differ(gold, given):
         return False
     if verify(gold, given, timeout_seconds=None):
         return True
     return _same_where_real(gold, given)
+
+
+def _same_region(gold: Any, given: Any) -> bool:
+    """Is ``given``, such as ``1<x\\le 3``, solved, and the interval ``gold``?"""
+    relations = given.args if isinstance(given, sympy.And) else (given,)
+    symbols: list[Any] = sorted(given.free_symbols, key=str)
+    if not isinstance(gold, sympy.Interval) or len(symbols) != 1:
+        return False
+    solved = all(
+        type(relation) in (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)
+        and any(a == symbols[0] and b.is_number for a, b in itertools.permutations(relation.args))
+        for relation in relations
+    )
+    try:
+        return solved and bool(gold == sympy.And(*relations).as_set())  # type: ignore[no-untyped-call]
+    except (TypeError, ValueError, AttributeError, NotImplementedError):
+        return False
 
 
 _MIRRORED = {

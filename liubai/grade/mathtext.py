@@ -22,10 +22,15 @@ _SYMBOLS = str.maketrans(
     {"−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "÷": "/", "π": "\\pi ", "∞": "\\infty "}
     | {"≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "±": "\\pm ", "°": "\\degree ", "√": "\\sqrt", "∪": "\\cup "}
 )
+_RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-", strict=True))
+_SUPERSCRIPT = re.compile(f"[{''.join(_RAISED)}]+")
 _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
     (re.compile(pattern), spelling)
     for pattern, spelling in [
         (r"\\!\s*", ""),
+        # as programs write it; a tower is refused by hazard() in this spelling, too
+        (r"\s*\*\*\s*(-?[0-9]+(?:\.[0-9]+)?(?![0-9.])|-?[A-Za-z](?![A-Za-z])|\([^()*^]*\))", r"^{\1}"),
+        (r"(?<![A-Za-z\\])(pi|ln|log|exp|sin|cos|tan)(?![A-Za-z{])", r"\\\1"),
         (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])", ""),
         (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\{,\}", ","),
@@ -47,7 +52,7 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"(?<![A-Za-z0-9]) (?=\S)|(?<=\S) (?![A-Za-z0-9])", ""),
     ]
 ]
-_LIST_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9])")
+_SINGLE = re.compile(r"\{ ?[^{},; ]+ ?\}")  # {5} is printed as 5; {1,2} may be meant as a set
 
 
 def tidy(text: str) -> str:
@@ -63,6 +68,9 @@ def tidy(text: str) -> str:
             inner = text[len(begin) : -len(end)] if len(text) > len(begin) + len(end) else ""
             if inner and text.startswith(begin) and text.endswith(end) and _whole(inner, begin):
                 text, stripped = inner.strip(), True
+    if _SINGLE.fullmatch(text):
+        text = text[1:-1].strip()
+    text = _SUPERSCRIPT.sub(lambda found: f"^{{{''.join(_RAISED[sign] for sign in found[0])}}}", text)
     text = re.sub(r"\\!\s*|\\,(?=[0-9]{3})", "", text)  # 11,\! 111 is one number, 11, 111 are two
     text = re.sub(r"(?<=[0-9]),\s+(?=[0-9])", ";;", text).translate(_SYMBOLS)
     for pattern, spelling in _SPELLINGS:
@@ -88,6 +96,7 @@ def _whole(inner: str, begin: str) -> bool:
 _LONG = re.compile(rf"[0-9]{{{MAX_DIGITS + 1}}}")
 _HUGE = re.compile(
     rf"(?:\^|\*\*)\s*\{{?\s*[-+(]*[0-9]{{{MAX_POWER + 1}}}|\*\*[^*]*\*\*"
+    r"|\^\{[^{}\\]*\}\s*(?:\^|\*\*)"
     rf"|[0-9]{{{MAX_POWER + 1}}}\s*!|!\s*[)}}]?\s*!|\([^A-Za-z()]*\)\s*!"
 )
 _POWER = re.compile(r"(?:\^|\*\*)\s*\{?\s*([0-9]{1,4})")
@@ -178,6 +187,7 @@ def is_composite(text: str) -> bool:
 
 _NAME = re.compile(r"\\?[A-Za-z][A-Za-z0-9_{}:/' ]{0,40}(?:\([A-Za-z0-9]\))?")
 _RELATION = re.compile(r"\\(?:le|ge|ne|lt|gt|approx|equiv|neq)(?![A-Za-z])|[<>]|!=")
+_TEXT = re.compile(r"\\text ?\{([^{}]*)\}")
 _BASED = re.compile(r"([0-9A-F]+)_ ?\{? ?([0-9]{1,2}) ?\}?")
 
 
@@ -200,12 +210,44 @@ def based(text: str) -> tuple[str, str] | None:
     return (match[1].lstrip("0") or "0", match[2]) if match else None
 
 
+def text_of(text: str) -> str | None:
+    """The words of a gold that is one ``\\text{…}``, of any length; ``None`` for what is none."""
+    inside = _TEXT.fullmatch(text)
+    return _folded(inside[1]) if inside else None
+
+
+def says(text: str, said: str) -> bool:
+    """Is ``text``, with or without ``\\text{…}`` around it, what :func:`text_of` gave?"""
+    inside = _TEXT.fullmatch(text)
+    return bool(said) and _folded(inside[1] if inside else text) == said
+
+
+def _folded(text: str) -> str:
+    # without the backslash that tidy() put before words such as "tan"
+    return " ".join(text.replace("\\", "").casefold().split()).rstrip(".")
+
+
+_EMPTY = {
+    "\\emptyset",
+    "\\{\\}",
+    "no solution",
+    "no solutions",
+    "\\text{no solution}",
+    "\\text{no solutions}",
+}
+
+
+def is_empty(text: str) -> bool:
+    """Does ``text`` say that there is no solution?"""
+    return text.lower() in _EMPTY
+
+
 def words(text: str) -> str | None:
     """What a text answer says, lower case: ``\\text{(C)}`` → ``c``, ``\\text{Evelyn}``, ``even``.
 
     ``None`` for formulas. Bare letters are words from four on: ``xyz`` is a product.
     """
-    inside = re.fullmatch(r"\\text ?\{([^{}]*)\}", text)
+    inside = _TEXT.fullmatch(text)
     said = (inside[1] if inside else text).strip().rstrip(".")
     letter = re.fullmatch(r"\(? ?([A-Za-z]) ?\)?", said)
     if letter is not None:

@@ -26,7 +26,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from liubai.grade.judge import LOAD_S, GradeItem, Verdict, check_verifier, error_verdict, grade, is_bounded
+from liubai.grade.judge import (
+    LOAD_S,
+    UNLOADED,
+    GradeItem,
+    Verdict,
+    check_verifier,
+    error_verdict,
+    grade,
+    is_bounded,
+)
 
 #: Items in one message at most. Batches save round trips; small ones keep the workers evenly busy.
 BATCH = 16
@@ -251,7 +260,7 @@ class _Process:
         while batch:
             kind, *fields = self._message(limit, message)
             if kind == "loading":
-                limit, message = LOAD_S, f"timeout after {LOAD_S} s while the checker was loaded"
+                limit, message = LOAD_S, f"the checker {UNLOADED}: timeout after {LOAD_S} s"
                 continue
             limit, message = timeout_s, late
             if kind == "done":

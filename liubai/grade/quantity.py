@@ -18,16 +18,21 @@ _FRACTION = re.compile(
     rf"(?P<sign>[-+]?)(?:(?P<whole>[0-9]+) ?)?\\frac\{{(?P<up>-?(?:{_PART}))\}}\{{(?P<down>-?(?:{_PART}))\}}"
 )
 _MIXED = re.compile(r"(?P<sign>[-+]?)(?P<whole>[0-9]+) (?P<up>[0-9]+)/(?P<down>[0-9]+)")
+_REPEATING = re.compile(
+    r"(?P<sign>[-+]?)(?P<whole>[0-9]*)\.(?P<once>[0-9]*)\\(?:overline|bar) ?\{(?P<again>[0-9]+)\}"
+)
 _SCIENTIFIC = re.compile(
     rf"(?P<sign>[-+]?)(?:(?P<factor>{_PART}) ?(?:\\times|\\cdot|\*|x) ?)?"
     r"10(?:\^|\*\*)\{?(?P<power>-?[0-9]{1,3})\}?"
 )
 _UNIT = re.compile(
     r"(?P<number>.*?[0-9}.%]) ?"
-    r"(?:(?P<degree>\\degree)|\\text ?\{(?P<text>[^{}]*)\}|(?P<bare>[A-Za-z][A-Za-z .]*))"
+    r"(?:(?P<degree>\\degree)|\\text ?\{(?P<text>[^{}]*)\}|(?P<bare>[A-Za-z][A-Za-z ./]*))"
     r"(?:\^ ?\{?(?P<power>[1-4])\}?)?"
 )
-_TEXT_UNIT = re.compile(r"(.*[^ ]) ?\\text ?\{([A-Za-z ]*)\}(?:\^ ?\{?[1-4]\}?)?")
+_TEXT_UNIT = re.compile(
+    r"(?P<number>.*[^ ]) ?(?P<degree>(?!))?\\text ?\{(?P<text>[A-Za-z /]*)\}(?:\^ ?\{?(?P<power>[1-4])\}?)?"
+)
 _MONEY = re.compile(r"([-+]?) ?\\?([$€£¥]) ?([-+]?[0-9.].*)")
 _CURRENCIES = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen"}
 
@@ -54,13 +59,16 @@ UNITS: dict[str, str] = {
         ["day", "days"],
         ["week", "weeks"],
         ["month", "months"],
-        ["year", "years"],
+        ["year", "years", "years old", "years of age"],
         ["cent", "cents"],
         ["dollar", "dollars"],
         ["euro", "euros"],
         ["liter", "liters", "litres", "l"],
         ["unit", "units"],
-        ["mph", "miles per hour"],
+        ["mph", "miles per hour", "mi/h"],
+        ["m/s", "meters per second", "metres per second"],
+        ["km/h", "kilometers per hour", "kilometres per hour"],
+        ["ft/s", "feet per second"],
     )
     for word in words
 }
@@ -68,9 +76,19 @@ _DIMENSION = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 #: Words behind a number that are no unit: they change its meaning.
 _NO_UNIT = re.compile(
     r"\b(?:or|and|not?|none|never|more|less|than|least|most|about|approximately|nearly|over|under|to|between|"
-    r"thousand|million|billion|trillion|hundred|dozen|percent|per|half|plus|minus|times|if|when|where|i)\b"
+    r"thousand|million|billion|trillion|hundred|dozen|percent|per|half|plus|minus|times|if|when|where|i|"
+    r"squared|cubed|factorial|divided|multiplied|thirds|quarters|[a-z]*(?:[dhxr]th|[vnl]enth|ionth)s?)\b"
+)
+#: The same in an answer, which has less to say than a gold.
+_NO_ANSWER = re.compile(
+    r"\b(?:[a-z]*(?:thousand|million|billion|trillion|hundred)s|dozens|scores|percents|halves|pairs|"
+    r"ones|twos|threes|fours|fives|sixes|sevens|eights|nines|tens|"
+    r"(?:twen|thir|for|fif|six|seven|eigh|nine)(?:ties|teens)|[a-z]*th(?:ird)?s?|"
+    r"is|are|was|be|by|in|base|squares|cubes|roots?|powers?|raised|factorials|mod|modulo|remainders?|"
+    r"negatives?|inverses?|reciprocals?|radians?|right|wrong|false|true|correct|incorrect)\b"
 )
 _MAX_UNIT_WORDS = 4
+_PLURALS = re.compile(r"(?:[a-z]+ )?(?:[a-z]+[a-rt-z]s|[a-z]*(?:people|children|men|women))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +101,12 @@ class Quantity:
     places: int | None = None
 
 
-def read_number(text: str) -> Quantity | None:
+def read_number(text: str, trusted: bool = False) -> Quantity | None:
     """The number that ``text`` (tidied) is, or ``None``: ``\\frac{9}{7}``, ``1\\frac{4}{5}``,
     ``\\$32,348``, ``5.4\\text{ cents}``, ``30\\degree``, ``28%``, ``1.2\\times10^{-3}``, ``\\text{13}``.
 
-    Nothing is computed but what the notation of one number asks for: ``2+2`` is no number.
+    Nothing is computed but what the notation of one number asks for: ``2+2`` is no number. Of an answer,
+    an unknown unit has to be a plural of one or two words ("students"); ``trusted`` (a gold) has any.
     """
     text = text.strip()
     unit: str | None = None
@@ -102,7 +121,7 @@ def read_number(text: str) -> Quantity | None:
     else:
         found = _UNIT.fullmatch(text)
         if found is not None:
-            named = _unit(found)
+            named = _unit(found, trusted)
             if named is None:
                 return None
             text, unit = found["number"], named
@@ -118,12 +137,14 @@ def read_number(text: str) -> Quantity | None:
     return Quantity(value, False, unit, places)
 
 
-def _unit(found: re.Match[str]) -> str | None:
-    """The canonical unit, such as ``centimeter^2``; ``None`` for words that are no unit."""
+def _unit(found: re.Match[str], trusted: bool) -> str | None:
+    """The canonical unit, ``centimeter^2``, unknown ``?students^1``; ``None`` for words that are none."""
     if found["degree"]:
         return "degree"
     words = (found["text"] if found["text"] is not None else found["bare"]).replace(".", " ").lower().split()
     power = int(found["power"] or 1)
+    if not words:
+        return "" if power == 1 else None
     while words and words[0] in _DIMENSION:
         power = _DIMENSION[words.pop(0)]
     name = " ".join(words)
@@ -133,15 +154,18 @@ def _unit(found: re.Match[str]) -> str | None:
     if known is None:
         if found["text"] is None or len(words) > _MAX_UNIT_WORDS or _NO_UNIT.search(name):
             return None
-        if not re.fullmatch(r"[a-z ]*", name):
+        if not re.fullmatch(r"[a-z ]+", name) or found["power"]:  # 5\text{ apples}^2 is who knows what
             return None
-    return f"{known or ''}^{power}"
+        if not trusted and (_NO_ANSWER.search(name) or not _PLURALS.fullmatch(name)):
+            return None
+    return f"{known or '?' + name}^{power}"
 
 
-def without_unit(text: str) -> str:
-    """A formula without the unit that is written as text behind it: ``8\\pi\\text{ cm}^2`` → ``8\\pi``."""
+def split_unit(text: str, trusted: bool = False) -> tuple[str, str | None]:
+    """A formula and the unit that is written as text behind it: ``8\\pi\\text{ cm}^2`` → ``8\\pi``."""
     found = _TEXT_UNIT.fullmatch(text)
-    return found[1] if found and not _NO_UNIT.search(found[2].lower()) else text
+    unit = _unit(found, trusted) if found else None
+    return (found["number"], unit) if found and unit is not None else (text, None)
 
 
 def _value(text: str) -> Fraction | None:
@@ -161,6 +185,12 @@ def _value(text: str) -> Fraction | None:
             return None
         value = Fraction(int(match["whole"] or 0)) + up / down
         return -value if match["sign"] == "-" else value
+    match = _REPEATING.fullmatch(text)
+    if match is not None and len(text) <= MAX_DIGITS:
+        once, again = match["once"], match["again"]
+        cycle = Fraction(int(again), (10 ** len(again) - 1) * 10 ** len(once))
+        value = Fraction(int(match["whole"] + once or "0"), 10 ** len(once)) + cycle
+        return -value if match["sign"] == "-" else value
     match = _SCIENTIFIC.fullmatch(text)
     if match is not None and len(text) <= MAX_DIGITS:
         value = Fraction(match["factor"] or 1) * Fraction(10) ** int(match["power"])
@@ -174,23 +204,29 @@ MIN_ROUNDED = 6  #: digits of a decimal from which on it may stand for a fractio
 def same_number(gold: Quantity, given: Quantity, tolerance: Fraction = Fraction(0)) -> bool:
     """Equal in value and, where both name a unit that we know, in unit.
 
-    A percent sign may be missing on one side (28 for 28%: the question has asked for a percentage). A
+    A percent sign may be missing where gold has it (28 for 28%: the question has asked for a percentage). A
     decimal of six digits or more may stand for a fraction that never ends, correctly rounded or cut off.
     """
-    if gold.unit and given.unit and not _units_agree(gold.unit, given.unit):
+    if not units_agree(gold.unit, given.unit):
         return False
     if _close(gold, given, tolerance):
         return True
-    if gold.percent == given.percent:
+    if given.percent or not gold.percent:
         return False
-    scale = 100 if given.percent else Fraction(1, 100)
-    return abs(given.value * scale - gold.value) <= tolerance * abs(gold.value)
+    return abs(given.value / 100 - gold.value) <= tolerance * abs(gold.value)
 
 
-def _units_agree(gold: str, given: str) -> bool:
-    """Unknown names ("students") agree with everything; cents are not dollars, cm² are not cm³."""
+def units_agree(gold: str | None, given: str | None) -> bool:
+    """May be missing. Cents are not dollars, cm² are not cm³, apples are not cm.
+
+    Two names that we do not know, such as "students" and "children", are taken for the same.
+    """
+    if not gold or not given:
+        return True
     (a, m), (b, n) = (f"{unit}^1".split("^")[:2] for unit in (gold, given))
-    return not a or not b or (a == b and m == n)
+    if a.startswith("?"):  # "feet tall" are feet
+        return b.startswith("?") or b in [UNITS.get(word) for word in a[1:].split()]
+    return a == b and m == n
 
 
 def _close(gold: Quantity, given: Quantity, tolerance: Fraction) -> bool:

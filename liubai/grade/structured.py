@@ -33,7 +33,7 @@ def json_equal(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
     does not have. The whole answer is JSON, or one fenced block of it. Refused: duplicate keys, NaN,
     comments, more than one value, more than ``MAX_DEPTH`` levels. Raises ``ValueError`` for such a gold.
     """
-    ordered, subset = _flag(meta, "ordered", True), _flag(meta, "subset", False)
+    ordered, subset = flag(meta, "ordered", True), flag(meta, "subset", False)
     if subset and not ordered:
         raise ValueError("meta 'subset' and 'ordered' = false cannot be used together")
     try:
@@ -49,7 +49,8 @@ def json_equal(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
     return bool(_canonical(right, ordered) == _canonical(given, ordered))
 
 
-def _flag(meta: Mapping[str, Any], name: str, default: bool) -> bool:
+def flag(meta: Mapping[str, Any], name: str, default: bool) -> bool:
+    """An option that is true or false. Raises ``ValueError`` for anything else."""
     value = meta.get(name, default)
     if not isinstance(value, bool):
         raise ValueError(f"meta '{name}' is true or false, not {value!r:.60}")
@@ -138,7 +139,7 @@ def regex(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
     ``meta["ignore_case"] = true`` does what it says. Raises ``ValueError`` for a pattern that is broken or
     matches the empty text: it would not ask for anything.
     """
-    flags = re.IGNORECASE if _flag(meta, "ignore_case", False) else 0
+    flags = re.IGNORECASE if flag(meta, "ignore_case", False) else 0
     if len(gold) > MAX_PATTERN:
         raise ValueError(f"the pattern is longer than {MAX_PATTERN} characters")
     try:

@@ -36,6 +36,7 @@ _NUMBER = re.compile(
 )
 _CURRENCY = re.compile(r"([-+−]?) ?\\?([$€£¥₹₩]) ?([-+−]?[0-9.].*)", re.DOTALL)
 _LETTER = re.compile(r"\( ?([A-Za-z]) ?\)[.:]?|([A-Za-z]) ?[).:]?")
+_WRAPPED = re.compile(r"\*\*([^*]{1,20})\*\*[.:]?|\\(?:text|textbf|mathrm|mathbf) ?\{([^{}]{1,20})\}")
 
 
 def countdown(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
@@ -155,7 +156,8 @@ def _plain(text: str) -> str:
 
 
 def choice(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
-    """One letter of ``meta["choices"]`` (default "ABCD"): ``B``, ``b``, ``(B)``, ``B.``, ``B)``.
+    """One letter of ``meta["choices"]`` (default "ABCD"): ``B``, ``b``, ``(B)``, ``B.``, ``B)``, ``**B**``,
+    ``\\text{B}``.
 
     ``choices`` are the letters: a string, a list, or a mapping whose keys they are. Two letters, or a
     letter followed by its text, are refused.
@@ -177,7 +179,9 @@ def _letters(choices: object) -> set[str]:
 
 
 def _letter(text: str) -> str | None:
-    match = _LETTER.fullmatch(text.strip())
+    text = text.strip()
+    wrapped = _WRAPPED.fullmatch(text)
+    match = _LETTER.fullmatch((wrapped[1] or wrapped[2]).strip() if wrapped else text)
     return (match[1] or match[2]).upper() if match else None
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from liubai.grade import clock
 from liubai.grade.judge import (
     LOAD_S,
+    UNLOADED,
     Checker,
     GradeItem,
     Verdict,
@@ -72,7 +73,7 @@ def _load(name: str) -> Checker | str:
     try:
         checker = load_checker(name)
     except BaseException as error:  # user code: SystemExit on import, too
-        return f"'{name}' cannot be loaded: {describe(error)}"
+        return f"'{name}' {UNLOADED}: {describe(error)}"
 
     def tamed(gold: str, answer: str, meta: Mapping[str, Any]) -> object:
         try:

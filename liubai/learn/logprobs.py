@@ -52,10 +52,15 @@ class _TokenLogprobs(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor, of_entropy_N: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(
+        ctx: Any, grad_N: Tensor, of_entropy_N: Tensor
+    ) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden_ND, weight_VD, targets_N, kept, entropy_N = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_ND)
-        grad_weight: Tensor | None = None
+        # of one chunk the whole product; of several a sum, a part of the vocabulary at a time, in float32
+        learns = ctx.needs_input_grad[1]
+        wide = torch.promote_types(weight_VD.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight_VD, dtype=wide) if learns and kept is None else None
         for rows in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
             probs = kept
             if probs is None:
@@ -66,10 +71,14 @@ class _TokenLogprobs(Function):
                 grad -= _entropy_write(of_entropy_N[rows], probs, entropy_N[rows]) / ctx.temperature
             grad = grad.to(hidden_ND.dtype)
             grad_hidden[rows] = product(grad, weight_VD.T)
-            part = outer_product(grad, hidden_ND[rows])
-            grad_weight = part if grad_weight is None else grad_weight.add_(part)
-        if grad_weight is None:
-            grad_weight = torch.zeros_like(weight_VD)
+            if learns and kept is not None:
+                grad_weight = outer_product(grad, hidden_ND[rows])
+            elif grad_weight is not None:
+                for part in _chunks(weight_VD.shape[0], weight_VD.shape[1]):
+                    grad_weight[part] += outer_product(grad[:, part], hidden_ND[rows])
+        if learns:
+            grad_weight = torch.zeros_like(weight_VD) if grad_weight is None else grad_weight
+            grad_weight = grad_weight.to(weight_VD.dtype)
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -96,9 +105,10 @@ def _entropy_write(grad_N: Tensor, probs_NV: Tensor, entropy_N: Tensor) -> Tenso
     return probs_NV * surprise_NV * grad_N[:, None]
 
 
-def _chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
-    rows = max(1, CHUNK_LOGITS // vocabulary)
-    return (slice(i, i + rows) for i in range(0, tokens, rows))
+def _chunks(rows: int, width: int) -> Iterator[slice]:
+    """Rows of a matrix in parts of at most ``CHUNK_LOGITS`` numbers."""
+    step = max(1, CHUNK_LOGITS // width)
+    return (slice(i, i + step) for i in range(0, rows, step))
 
 
 def token_logprobs(

@@ -8,7 +8,7 @@ equals the end id hides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +46,9 @@ class Batch:
     documents_BT: Tensor
     values: dict[str, Tensor]
 
+    def to(self, device: torch.device) -> Batch:
+        return self._mapped(lambda t: t.to(device))
+
     @property
     def tokens(self) -> int:
         return int((self.documents_BT >= 0).sum())
@@ -56,13 +59,16 @@ class Batch:
             yield self.take(slice(i, i + rows))
 
     def take(self, rows: slice) -> Batch:
+        return self._mapped(lambda t: t[rows])
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
-            self.ids_BT[rows],
-            self.targets_BT[rows],
-            self.mask_BT[rows],
-            self.positions_BT[rows],
-            self.documents_BT[rows],
-            {name: v[rows] for name, v in self.values.items()},
+            change(self.ids_BT),
+            change(self.targets_BT),
+            change(self.mask_BT),
+            change(self.positions_BT),
+            change(self.documents_BT),
+            {name: change(v) for name, v in self.values.items()},
         )
 
     @property

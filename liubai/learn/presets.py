@@ -52,11 +52,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "advantage": "grpo",
         "loss": {"aggregation": "token-mean", "objective": "cispo", "ratio_cap": 5.0},
     },
-    # arXiv 2402.14740: no clip to speak of, KL inside the reward
+    # arXiv 2402.14740: an answer is one action (its tokens' sum), no clip to speak of, KL inside the reward
     "rloo": {
         "advantage": "rloo",
         "loss": {
-            "aggregation": "sequence-mean",
+            "aggregation": "dr-grpo",
             "clip_low": 10.0,
             "clip_high": 10.0,
             "kl": 0.03,

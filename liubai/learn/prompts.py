@@ -28,14 +28,15 @@ class SharedPrompt:
 
     def __init__(self, model: Transformer, ids: Sequence[int]) -> None:
         ids_1S = torch.tensor([ids], device=model.head_weight.device)
-        self._roots: list[Tensor] = []
+        roots: dict[int, tuple[Tensor, Tensor]] = {}
         plain = causal()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._roots += [k, v]
+            roots.setdefault(layer, (k, v))  # a checkpointing model comes by again in the backward pass
             return plain(layer, q, k, v)
 
         model.hidden(ids_1S, torch.arange(len(ids), device=ids_1S.device)[None], attend)
+        self._roots = [root for layer in sorted(roots) for root in roots[layer]]
         # cut here: each micro-batch's backward pass ends at the leaves, and their sums go on later
         self._leaves = [root.detach().requires_grad_(root.requires_grad) for root in self._roots]
 

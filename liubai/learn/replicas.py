@@ -29,11 +29,14 @@ WORKERS = ThreadPoolExecutor(1024, thread_name_prefix="replica")
 
 
 class Replicas:
-    """As many as torch has threads, of a small model on a CPU; fewer of a larger one, down to itself."""
+    """As many as torch has threads, of a small model on a CPU; fewer of a larger one, down to itself.
+    Elsewhere the model alone."""
 
     def __init__(self, model: Transformer) -> None:
         self.threads = torch.get_num_threads()
-        fit = LARGEST // max(1, model.count_parameters()) if model.head_weight.device.type == "cpu" else 1
+        weight = model.head_weight
+        small = weight.device.type == "cpu" and weight.dtype == torch.float32
+        fit = LARGEST // max(1, model.count_parameters()) if small else 1
         self.models = [model, *(_replica(model) for _ in range(min(self.threads, fit) - 1))]
 
     def map(

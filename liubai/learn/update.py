@@ -17,6 +17,7 @@ from liubai.errors import Diverged
 from liubai.learn.advantages import Advantage, advantages, chosen, teaches
 from liubai.learn.logprobs import batch_logprobs
 from liubai.learn.losses import KL, LossConfig, LossInputs, policy_loss, token_weights
+from liubai.learn.memory import Lot, map_within_memory
 from liubai.learn.optim import Optimizer
 from liubai.learn.packing import Batch, Sequence1, micro_batches
 from liubai.learn.prompts import SharedPrompt
@@ -25,6 +26,7 @@ from liubai.model.transformer import Transformer
 from liubai.types import Group, Sample
 
 T = TypeVar("T")
+CPU = torch.device("cpu")
 
 
 class WeightsDisagree(Diverged):
@@ -45,7 +47,7 @@ class UpdateConfig:
     #: shorter prompts are read again with every answer: sharing them would cost more than it saves
     share_from: int = 32
     #: mean |Δ log-probability| above which engine and trainer are said to disagree. In float32 they
-    #: differ by 1e-6; weights that are one small update old differ by about 1e-2
+    #: differ by 1e-6, in bfloat16 by about 1e-2; so do weights that are one small update old
     tolerance: float = 1e-3
 
 
@@ -64,22 +66,28 @@ def update(
 
     ``version`` is that of the trainer's weights: samples that it wrote must have the trainer's own
     log-probabilities (raises :class:`WeightsDisagree`). Groups whose rewards are all equal are left
-    out before any denominator is computed. A non-finite step changes nothing and is counted.
+    out before any denominator is computed. A non-finite step changes nothing and is counted. Where
+    memory runs out, micro-batches are halved until they fit; ``halvings`` says how often.
     """
     readers = Replicas(reference) if reference is not None else None
     rewards_PG = torch.tensor([_totals(g) for g in groups], dtype=torch.float64)
+    errors_PG = rewards_PG.isnan()
+    # what the answers earned decides whether they teach: a KL differs always
+    kept_P = teaches(_filled(rewards_PG), config.advantage)
     metrics: dict[str, float] = {}
     if readers and config.loss.kl_in == "reward":
         kl_PG = reference_kl(readers, groups, config, pad_id)
         rewards_PG -= config.loss.kl * kl_PG
         metrics["reward/kl"] = -config.loss.kl * float(kl_PG.mean())
-    kept_P = teaches(rewards_PG, config.advantage)
     metrics["zero_variance"] = 1 - float(kept_P.double().mean())
     kept = [g for g, keep in zip(groups, kept_P.tolist(), strict=True) if keep]
     if not kept:
         return metrics
     lengths_PG = torch.tensor([[len(s.completion_ids) for s in g.samples] for g in kept])
-    advantages_PG = advantages(rewards_PG[kept_P], config.advantage, lengths_PG)
+    errors_PG = errors_PG[kept_P]
+    advantages_PG = advantages(
+        _filled(rewards_PG[kept_P]), config.advantage, lengths_PG.masked_fill(errors_PG, 0)
+    ).masked_fill(errors_PG, 0)
     pairs_PG = [
         list(zip(group.samples, row, strict=True))
         for group, row in zip(kept, advantages_PG.tolist(), strict=True)
@@ -89,18 +97,31 @@ def update(
         for part in _split(pairs_PG, config.minibatches)
     ]
     replicas = Replicas(model)
+    halvings = 0
+
+    def read(readers: Replicas, name: str) -> list[list[Lot]]:
+        nonlocal halvings
+        found = []
+        for parts in minibatches:
+            known, more = map_within_memory(readers, partial(_add_logprobs, name, config), parts)
+            found.append(known)
+            halvings = max(halvings, more)
+        return found
+
     # the policy that ratios are taken against is the one before the *first* optimizer step
     if config.loss.importance != "none" or config.loss.top_entropy < 1:
-        minibatches = [replicas.map(partial(_add_logprobs, "old", config), m) for m in minibatches]
+        minibatches = read(replicas, "old")
     if config.loss.top_entropy < 1:
         minibatches = _choose(minibatches, config.loss.top_entropy)
     if readers and config.loss.kl_in == "loss":
-        minibatches = [readers.map(partial(_add_logprobs, "reference", config), m) for m in minibatches]
+        minibatches = read(readers, "reference")
     sums: dict[str, float] = defaultdict(float)
     norms: list[float] = []
     for m, parts in enumerate(minibatches):
         loss = 0.0
-        for seen in replicas.map(partial(_learn, config), parts):
+        found, more = map_within_memory(replicas, partial(_learn, config), parts, optimizer.zero_grad)
+        halvings = max(halvings, more)
+        for seen in found:
             if m == 0:
                 if seen["fresh_gap"] > config.tolerance * max(1.0, seen["fresh"]):
                     optimizer.zero_grad()
@@ -115,6 +136,7 @@ def update(
         else:  # the gradients may look finite all the same: a clamp passes nothing on
             optimizer.zero_grad()
             norms.append(math.nan)
+    finite = [norm for norm in norms if math.isfinite(norm)]
     tokens = max(1.0, sums.pop("tokens", 0.0))
     fresh, fresh_gap = sums.pop("fresh", 0.0), sums.pop("fresh_gap", 0.0)
     weight, squared = sums.pop("importance", 0.0), sums.pop("importance_squared", 0.0)
@@ -123,22 +145,25 @@ def update(
         "loss": sums["loss"],
         "logprob_gap/fresh": fresh_gap / max(1.0, fresh),
         "ess": weight**2 / (tokens * squared) if squared else 0.0,
-        "grad_norm": sum(norms) / len(norms),
+        "grad_norm": sum(finite) / len(finite) if finite else math.nan,
         "updates": len(norms),
-        "skipped": sum(norm != norm or norm == float("inf") for norm in norms),
+        "skipped": len(norms) - len(finite),
         "update_tokens": tokens,
+        **({"halvings": halvings} if halvings else {}),
     }
     return metrics
 
 
 def _totals(group: Group) -> list[float]:
-    """Total rewards; an answer that could not be graded gets its group's mean, so advantage 0.
+    """Total rewards; NaN for an answer that could not be graded. It teaches nothing: its own total of 0
+    would beat a wrong answer's −1, and the model would learn to break the grader."""
+    return [math.nan if "error" in r.parts else r.total for r in group.rewards]
 
-    Its own total of 0 would beat a wrong answer's −1: the model would learn to break the grader.
-    """
-    graded = [r.total for r in group.rewards if "error" not in r.parts]
-    mean = sum(graded) / len(graded) if graded else 0.0
-    return [mean if "error" in r.parts else r.total for r in group.rewards]
+
+def _filled(rewards_PG: Tensor) -> Tensor:
+    """With the group's mean in the place of NaN, 0 where there is nothing else."""
+    mean_P1 = rewards_PG.nanmean(dim=1, keepdim=True)
+    return torch.where(rewards_PG.isnan(), mean_P1, rewards_PG).nan_to_num(0.0)
 
 
 def _split(items: Sequence[T], parts: int) -> list[Sequence[T]]:
@@ -171,15 +196,6 @@ def sequences(pairs: Sequence[tuple[Sample, float]], config: UpdateConfig, versi
     return packed
 
 
-@dataclass(frozen=True, slots=True)
-class Lot:
-    """A prompt and all answers to it, in micro-batches that continue it; or answers with their own
-    short prompts, and ``prompt`` is empty."""
-
-    prompt: tuple[int, ...]
-    batches: list[Batch]
-
-
 def lots(listed: Sequence[Sequence1], config: UpdateConfig, pad_id: int) -> list[Lot]:
     """Cut long prompts off: all but the last token, which predicts the first token of an answer.
     Sequences with nothing to learn are left out."""
@@ -197,10 +213,11 @@ def lots(listed: Sequence[Sequence1], config: UpdateConfig, pad_id: int) -> list
 
 
 def read_lot(model: Transformer, lot: Lot, config: UpdateConfig) -> Iterator[tuple[Batch, Tensor, Tensor]]:
-    """Each micro-batch with its log-probabilities and entropies; what has gone back from them by the
-    end goes on into the prompt."""
+    """Each micro-batch, where the model is, with its log-probabilities and entropies; what has gone back from
+    them by the end goes on into the prompt."""
     prompt = SharedPrompt(model, lot.prompt) if lot.prompt else None
-    for batch in lot.batches:
+    for waiting in lot.batches:
+        batch = waiting.to(model.head_weight.device)
         attend = prompt.attend if prompt else None
         yield (
             batch,
@@ -258,7 +275,7 @@ def _add_logprobs(name: str, config: UpdateConfig, model: Transformer, parts: Se
         Lot(
             lot.prompt,
             [
-                replace(b, values={**b.values, name: lp, f"{name}/entropy": entropy})
+                replace(b, values={**b.values, name: lp, f"{name}/entropy": entropy}).to(CPU)
                 for b, lp, entropy in read_lot(model, lot, config)
             ],
         )
@@ -290,7 +307,8 @@ def reference_kl(readers: Replicas, groups: Sequence[Group], config: UpdateConfi
         }
         listed.append(Sequence1(s.prompt_ids + s.completion_ids, [False] * len(blank) + [True] * n, values))
     kl_N = torch.zeros(len(samples), dtype=torch.float64)
-    for lot in readers.map(partial(_add_logprobs, "reference", config), lots(listed, config, pad_id)):
+    listed_lots = lots(listed, config, pad_id)
+    for lot in map_within_memory(readers, partial(_add_logprobs, "reference", config), listed_lots)[0]:
         for b in lot.batches:
             kl_BT = KL[config.loss.kl_estimator](b.values["logprobs"], b.values["reference"])
             kl_N.index_add_(0, b.values["sample"][b.mask_BT].long(), kl_BT[b.mask_BT].double())

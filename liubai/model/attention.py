@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from liubai.model import kernels
 
@@ -27,21 +28,33 @@ SHORT = 384
 def attention(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor) -> Tensor:
     """``softmax(q·kᵀ/√E + mask)·v``, ``[B, T, H, E]`` (Vaswani et al. 2017, eq. 1; grouped heads:
     Ainslie et al. 2023). Query t sees keys ``0 … S − T + t``."""
-    T, S = q_BTHE.shape[1], k_BSKE.shape[1]
-    if S <= SHORT and kernels.ready(q_BTHE, k_BSKE, v_BSKE):
+    if k_BSKE.shape[1] <= SHORT and kernels.ready(q_BTHE, k_BSKE, v_BSKE):
         if torch.is_grad_enabled():
             return _Short.apply(q_BTHE, k_BSKE, v_BSKE)
         return kernels.attention(q_BTHE, k_BSKE, v_BSKE)[0]
-    mask_TS = None
-    if S > T:  # the kernel's own causal mask begins at the first key
-        mask_TS = torch.ones(T, S, dtype=torch.bool, device=q_BTHE.device).tril_(S - T)
+    # a GPU's kernel that knows grouped heads takes 16 bits alone; beside it is only the plain formula, which
+    # writes down every weight
+    groups = q_BTHE.device.type == "cpu" or q_BTHE.dtype in (torch.bfloat16, torch.float16)
+    return fused(q_BTHE, k_BSKE, v_BSKE, groups)
+
+
+def fused(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, groups: bool) -> Tensor:
+    """The same by PyTorch's kernels. ``groups``: do they know grouped heads? Otherwise each key/value head is
+    repeated for its queries."""
+    T, S = q_BTHE.shape[1], k_BSKE.shape[1]
+    size = q_BTHE.shape[2] // k_BSKE.shape[2]
+    if size > 1 and not groups:
+        k_BSKE, v_BSKE = (t.repeat_interleave(size, 2) for t in (k_BSKE, v_BSKE))
+    # the kernels' own causal mask begins at the first key; this one ends at the last, and costs no memory
+    # where they know it
+    bias = causal_lower_right(T, S) if S > T else None
     return F.scaled_dot_product_attention(
         q_BTHE.transpose(1, 2),
         k_BSKE.transpose(1, 2),
         v_BSKE.transpose(1, 2),
-        attn_mask=mask_TS,
-        is_causal=mask_TS is None,
-        enable_gqa=q_BTHE.shape[2] != k_BSKE.shape[2],
+        attn_mask=bias,
+        is_causal=bias is None,
+        enable_gqa=size > 1 and groups,
     ).transpose(1, 2)
 
 

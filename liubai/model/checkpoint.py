@@ -7,8 +7,9 @@ The one place where our parameter names meet Hugging Face's.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,19 +43,19 @@ def save_checkpoint(
     folder: Path,
     model: Transformer,
     tokenizer: TextTokenizer,
-    template: str,
+    template: str | None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a complete checkpoint in ``model.config.dtype``, atomically: the folder appears whole or not at
-    all. ``weights`` are the model's, unless others of the same names are given (merged adapters)."""
+    all. ``weights`` are the model's, unless others of the same names are given (merged adapters); each is
+    asked for once, a shard's at a time. A base model may have no ``template``."""
     c = model.config
-    dtype = getattr(torch, c.dtype)
-    state = model.state_dict() if weights is None else weights
-    tensors = {to_hf_name(n): t.detach().to("cpu", dtype).contiguous() for n, t in state.items()}
+    state = model.state_dict()
     with atomic_folder(folder) as new:
-        _save_tensors(new, tensors)
+        _save_tensors(new, state, state if weights is None else weights, getattr(torch, c.dtype))
         tokenizer.save(new / "tokenizer.json")
-        (new / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if template is not None:
+            (new / "chat_template.jinja").write_text(template, encoding="utf-8")
         described = c.to_hf()
         special = {name: described[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         _write_json(new / "config.json", described)
@@ -62,25 +63,26 @@ def save_checkpoint(
         _write_json(new / "tokenizer_config.json", _tokenizer_config(tokenizer, c))
 
 
-def _save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        size += tensor.nbytes
+def _save_tensors(
+    folder: Path, shapes: Mapping[str, Tensor], weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name in weights:
+        nbytes = shapes[name].numel() * dtype.itemsize
+        size, total = size + nbytes, total + nbytes
         if shards[-1] and size > SHARD:
-            shards.append({})
-            size = tensor.nbytes
-        shards[-1][name] = tensor
-    if len(shards) == 1:
-        save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
-        return
+            shards.append([])
+            size = nbytes
+        shards[-1].append(name)
     home: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    for number, names in enumerate(shards, 1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        shard = {to_hf_name(n): weights[n].detach().to("cpu", dtype).contiguous() for n in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
         home |= dict.fromkeys(shard, file)
-    total = sum(t.nbytes for t in tensors.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": home})
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": home})
 
 
 def _tokenizer_config(tokenizer: TextTokenizer, config: ModelConfig) -> dict[str, Any]:
@@ -141,11 +143,19 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """The state of ``model`` (of which only the shapes are looked at); every tensor must be there, fit,
     and be wanted. One tensor is converted at a time: the peak is one copy of the weights."""
+    with stored_weights(folder, model) as stored:
+        # a copy even where nothing changes: the file may be replaced while the model lives
+        return {name: read().to(device, dtype, copy=True) for name, read in stored.items()}
+
+
+@contextmanager
+def stored_weights(folder: Path, model: Transformer) -> Iterator[dict[str, Callable[[], Tensor]]]:
+    """Parameter name -> what reads it from the open file, in the file's dtype. Raises ``UserError`` unless
+    ``folder`` holds exactly the tensors of ``model``, whose shapes alone are looked at."""
     own = model.state_dict()
     wanted = {to_hf_name(name): name for name in own}
     # some exporters write the tied head once more; it is the embedding
     spare = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    found: dict[str, Tensor] = {}
     with _tensors(folder) as home:
         missing = sorted(wanted.keys() - home.keys())
         extra = sorted(
@@ -158,10 +168,7 @@ def read_weights(
             shape = list(home[theirs].get_slice(theirs).get_shape())
             if shape != list(own[ours].shape):
                 raise UserError(f"'{folder}': {theirs} is {shape}, config.json says {list(own[ours].shape)}")
-        for theirs, ours in wanted.items():
-            # a copy even where nothing changes: the file may be replaced while the model lives
-            found[ours] = home[theirs].get_tensor(theirs).to(device, dtype, copy=True)
-    return found
+        yield {ours: partial(home[theirs].get_tensor, theirs) for theirs, ours in wanted.items()}
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from liubai.errors import UserError
 
@@ -14,7 +14,8 @@ ARCHITECTURES: dict[str, tuple[str, bool, bool]] = {
     "Qwen3ForCausalLM": ("qwen3", True, False),
 }
 #: in config.json's words; others are refused, never rounded to
-DTYPES = ("float32", "bfloat16", "float16")
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

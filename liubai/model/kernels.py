@@ -86,9 +86,12 @@ def status() -> str:
 
 
 def ready(*tensors: Tensor) -> bool:
-    """Can the kernels work on all of these: contiguous, on the CPU, single precision?"""
-    return not isinstance(library(), NoKernels) and all(
-        t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors
+    """Can the kernels work on all of these: contiguous, on the CPU, single precision? While torch.compile
+    looks on, no: it makes kernels of its own from what stands beside each call."""
+    return (
+        not torch.compiler.is_compiling()
+        and not isinstance(library(), NoKernels)
+        and all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in tensors)
     )
 
 

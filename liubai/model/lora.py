@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from liubai.errors import UserError
-from liubai.files import atomic_folder
+from liubai.files import atomic_folder, read_json
 from liubai.model.checkpoint import to_hf_name
 from liubai.model.matmul import Linear, linear
 from liubai.model.transformer import Transformer
@@ -67,11 +67,13 @@ class LoraLinear(Linear):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) + linear(linear(input, self.lora_a), self.lora_b) * self.scale
 
-    def merged(self) -> Tensor:
-        """The weight of a plain layer that computes the same, in float32 or wider on the way."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+    def merged(self, weight: Tensor | None = None) -> Tensor:
+        """The weight of a plain layer that computes the same, in float32 or wider on the way; ``weight``
+        stands in for the layer's own where that is only a shape."""
+        weight = self.weight if weight is None else weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
         change = self.lora_b.to(wide) @ self.lora_a.to(wide) * self.scale
-        return (self.weight.to(wide) + change).to(self.weight.dtype)
+        return (weight.to(wide) + change).to(weight.dtype)
 
 
 def attach(model: Transformer, config: LoraConfig, seed: int) -> None:
@@ -132,7 +134,10 @@ def save_adapter(folder: Path, model: Transformer, config: LoraConfig, base: str
 
 
 def load_adapter(folder: str | Path, model: Transformer) -> LoraConfig:
-    """Attach the adapters of a PEFT folder. Raises ``UserError`` for what would be computed otherwise."""
+    """Attach the adapters of a PEFT folder. Raises ``UserError`` for what would be computed otherwise.
+
+    They are real on the CPU even where ``model`` is only shapes (on the meta device).
+    """
     folder = Path(folder)
     config = _read_config(folder)
     try:
@@ -142,33 +147,42 @@ def load_adapter(folder: str | Path, model: Transformer) -> LoraConfig:
     except (SafetensorError, OSError) as error:
         raise UserError(f"'{folder / WEIGHTS}' is corrupt or truncated ({error}); copy it again") from error
     attach(model, config, seed=0)
-    wanted: dict[str, nn.Parameter] = {}
-    for name, layer in adapters(model):
-        for letter in "ab":
-            wanted[f"{PREFIX}{to_hf_name(name)}.lora_{letter.upper()}.weight"] = getattr(
-                layer, f"lora_{letter}"
-            )
+    wanted = {
+        f"{PREFIX}{to_hf_name(name)}.lora_{letter.upper()}.weight": (layer, f"lora_{letter}")
+        for name, layer in adapters(model)
+        for letter in "ab"
+    }
     if odd := sorted(wanted.keys() ^ tensors.keys()):
         what = "lacks" if odd[0] in wanted else "has an unknown tensor"
         raise UserError(f"the adapter '{folder}' {what} {odd[0]}; is it for another model?")
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            if tensors[name].shape != parameter.shape:
-                raise UserError(
-                    f"'{folder}': {name} is {list(tensors[name].shape)}, "
-                    f"the model takes {list(parameter.shape)}"
-                )
-            parameter.copy_(tensors[name])
+    for name, (layer, letter) in wanted.items():
+        old, new = getattr(layer, letter), tensors[name]
+        if new.shape != old.shape:
+            raise UserError(f"'{folder}': {name} is {list(new.shape)}, the model takes {list(old.shape)}")
+        device = "cpu" if old.is_meta else old.device
+        setattr(layer, letter, nn.Parameter(new.to(device, old.dtype)))
     return config
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def base_of(folder: Path) -> str:
+    """The folder or hub id of the model that the adapter in ``folder`` belongs to."""
+    base = _read(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"'{folder / CONFIG}' does not say which model it is for (base_model_name_or_path)")
+    return base
+
+
+def _read(folder: Path) -> dict[str, Any]:
     try:
-        raw: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return read_json(folder / CONFIG)
     except FileNotFoundError:
         raise UserError(f"'{folder}' is not an adapter: it has no {CONFIG}") from None
     except ValueError as error:
         raise UserError(f"'{folder / CONFIG}' is not valid JSON ({error})") from error
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    raw = _read(folder)
     if raw.get("peft_type") != "LORA":
         raise UserError(f"'{folder}': adapters of type {raw.get('peft_type')} are not supported; LORA is")
     for key, plain in PLAIN.items():

@@ -41,8 +41,10 @@ def prefers_onednn() -> bool:
 
 def onednn_takes(*tensors: Tensor) -> bool:
     """Will products of these go to oneDNN?"""
-    return prefers_onednn() and all(
-        t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() > 0 for t in tensors
+    return (
+        not torch.compiler.is_compiling()
+        and prefers_onednn()
+        and all(t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() > 0 for t in tensors)
     )
 
 

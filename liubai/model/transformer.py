@@ -12,15 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from liubai.errors import UserError
 from liubai.model.attention import attention
 from liubai.model.config import Llama3Rope, ModelConfig
 from liubai.model.functions import rms_norm, rotate, swiglu
 from liubai.model.matmul import Linear, linear
+
+#: a vocabulary projection of so many numbers is worth some care
+MANY = 1 << 24
 
 #: (layer, q [..., H, E], k [..., K, E], v [..., K, E]) -> [..., H, E]; q and k are already rotated.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -34,12 +40,16 @@ def rope_table(
 
     The angles are computed in float64: at position 10⁵ float32 angles are off by 10⁻².
     """
-    speed = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    speed = _speed(head_dim, theta)
     if scaling:
         speed = _stretched(speed, scaling)
     angles = torch.arange(length, dtype=torch.float64)[:, None, None] * speed
     cos, sin = angles.cos().float(), angles.sin().float()
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def _speed(head_dim: int, theta: float) -> Tensor:
+    return theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
 
 
 def _stretched(speed: Tensor, scaling: Llama3Rope) -> Tensor:
@@ -50,6 +60,12 @@ def _stretched(speed: Tensor, scaling: Llama3Rope) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * speed + (1 - kept) * speed / scaling.factor
+
+
+def rope_slowing(head_dim: int, theta: float, scaling: Llama3Rope) -> Tensor:
+    """How many times more slowly each pair turns, ``[E/2]``: what llama.cpp calls frequency factors."""
+    speed = _speed(head_dim, theta)
+    return (speed / _stretched(speed, scaling)).float()
 
 
 class RMSNorm(nn.Module):
@@ -78,14 +94,14 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
         self.qk_norm = c.qk_norm
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention works on: q and k, rotated, and v."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(layer, rotate(q, *rope), rotate(k, *rope), v)
-        return self.o_proj(out.flatten(-2))  # type: ignore[no-any-return]
+        return rotate(q, *rope), rotate(k, *rope), v
 
 
 class MLP(nn.Module):
@@ -110,16 +126,28 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, layer, attend)
+        return self.after(x, attend(layer, *self.before(x, rope)))
+
+    def before(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn(self.input_layernorm(x), rope)  # type: ignore[no-any-return]
+
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.self_attn.o_proj(attended.flatten(-2))
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
 class Transformer(nn.Module):
-    """``model(ids_BT) -> logits_BTV``. ``hidden`` and ``head`` are its two halves."""
+    """``model(ids_BT) -> logits_BTV``. ``hidden`` and ``head`` are its two halves.
+
+    With ``checkpointing``, training keeps only what goes into each block and computes the rest again in the
+    backward pass (Chen et al. 2016, arXiv 1604.06174): a fifth more time, a small part of the activations.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
+        self._decoding: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -135,12 +163,42 @@ class Transformer(nn.Module):
 
     def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The last hidden state ``[..., D]`` of ``ids [...]`` at ``positions [...]``."""
-        x = self.embed_tokens(ids)
-        cos, sin = self._rope_until(int(positions.max()) + 1, x)
+        x = embed(ids, self.embed_tokens.weight)
+        # to ask a GPU for the largest would be to wait for it: there the table holds every position
+        on_cpu = x.device.type == "cpu"
+        reach = int(positions.max()) + 1 if on_cpu else self.config.max_position_embeddings
+        cos, sin = self._rope_until(reach, x)
         rope = cos[positions], sin[positions]
+        learns = torch.is_grad_enabled()
         for layer, block in enumerate(self.layers):
-            x = block(x, rope, layer, attend)
+            if self._decoding and ids.ndim == 1 and not learns:
+                before, after = self._decoding
+                x = after(block, x, attend(layer, *before(block, x, rope)))
+            elif self.checkpointing and learns:
+                x = checkpoint(block, x, rope, layer, attend, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, rope, layer, attend)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def compile_decoding(self) -> None:
+        """From now on, steps of one token a row run by ``torch.compile``: what stands between the matrix
+        products of a layer becomes a few kernels, before attention and after it. One compilation serves
+        all layers and all numbers of rows. Raises ``UserError`` where it does not work."""
+        before: Callable[..., Any] = torch.compile(Block.before, dynamic=True)
+        after: Callable[..., Any] = torch.compile(Block.after, dynamic=True)
+        x = self.head_weight.new_zeros(3, self.config.hidden_size)
+        cos, sin = self._rope_until(3, x)
+        positions = torch.arange(3, device=x.device)
+        try:
+            q, _, _ = before(self.layers[0], x, (cos[positions], sin[positions]))
+            after(self.layers[0], x, q)
+        except Exception as error:  # from a compiler, of many kinds
+            raise UserError(
+                f"compile = true does not work here ({str(error).strip().splitlines()[0]}); it needs a C++ "
+                "compiler, on a GPU Triton. Leave it out"
+            ) from error
+        self._decoding = before, after
 
     def _rope_until(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self._rope
@@ -166,6 +224,28 @@ class Transformer(nn.Module):
 
     def count_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+def embed(ids: Tensor, weight_VD: Tensor) -> Tensor:
+    """Rows of the embedding, ``[..., D]``.
+
+    What a large one learns here are the rows of a few tokens. Autograd would make a gradient of the
+    whole size for them and, where the head shares the weight, another for the sum; here they are added to
+    ``weight.grad`` as soon as they are known (by ``backward()`` alone: ``torch.autograd.grad`` misses them).
+    """
+    learns = torch.is_grad_enabled() and weight_VD.requires_grad
+    # gradients of 16 bits must come by way of the optimizer's hook, to be added up in 32
+    if not learns or weight_VD.numel() < MANY or weight_VD.dtype != torch.float32:
+        return F.embedding(ids, weight_VD)
+
+    def add(rows: Tensor) -> None:
+        grad, rows.grad = rows.grad, None
+        assert grad is not None
+        weight_VD.grad = grad.to_dense() if weight_VD.grad is None else weight_VD.grad.add_(grad)
+
+    same_VD = weight_VD.detach().requires_grad_()
+    same_VD.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
+    return F.embedding(ids, same_VD, sparse=True)
 
 
 def causal(documents_BT: Tensor | None = None) -> Attend:

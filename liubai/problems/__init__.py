@@ -5,13 +5,16 @@ from liubai.problems.chain import Chain
 from liubai.problems.compare import Compare
 from liubai.problems.countdown import Countdown
 from liubai.problems.family import Family, Habits, Split, problem_at, split_of
+from liubai.problems.gym import PREFIX, gym_family
 
 #: In the order in which they joined: it fixes the token ids of ``world_vocabulary``.
 FAMILIES: dict[str, Family] = {f.name: f for f in (Countdown(), Chain(), Compare())}
 
 
 def family(name: str) -> Family:
-    """The family called ``name``. Raises ``UserError`` that says which one may be meant."""
+    """The family called ``name``: ours or ``gym:NAME``. Raises ``UserError`` that says which may be meant."""
+    if name.startswith(PREFIX):
+        return gym_family(name)
     try:
         return FAMILIES[name]
     except KeyError:

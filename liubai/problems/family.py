@@ -20,6 +20,8 @@ Split = Literal["train", "eval"]
 
 #: Share of keys held out for evaluation.
 EVAL_SHARE = 0.2
+#: A family that shows no problem of a split in so many has too few of them.
+DRAWS = 200
 
 
 class Habits(BaseModel):
@@ -70,12 +72,16 @@ def split_of(key: str) -> Split:
 
 
 def problem_at(family: Family, split: Split, seed: int, index: int) -> Problem:
-    """Problem number ``index`` of a split: a pure function of its arguments."""
+    """Problem number ``index`` of a split: a pure function of its arguments.
+
+    Raises ``UserError`` when the family seems to have none of that split.
+    """
     rng = stream(seed, "problem", family.name, split, index)
-    while True:
+    for _ in range(DRAWS):
         problem = family.sample(rng)
         if split_of(f"{family.name}/{family.key(problem)}") == split:
             return problem
+    raise UserError(f"'{family.name}' has no {split} problems: none of {DRAWS} was one; widen its options")
 
 
 def distinct_problems(family: Family, split: Split, seed: int, count: int) -> list[Problem]:

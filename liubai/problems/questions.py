@@ -1,40 +1,37 @@
 """Your own questions: which rows become problems, which of them are held out, and which are left out.
 
-A question's split is decided by its words alone, so that no order, new row or wording of white space can
-move it. Near duplicates go where the first of them goes. Questions that share ten words in a row with a
-named evaluation set are left out of training.
+A question's split is decided by its own words alone (``words.py``), not by the instruction before it, so
+that no order, other row or wording of white space can move it. Near duplicates stay together: they are held
+out if the words of all of them say so, and no row that is added can hold out what was trained on. Questions
+that share ten words in a row with a named evaluation set are left out of training, and so are their near
+duplicates.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
-import unicodedata
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from liubai.errors import UserError, nearest
-from liubai.problems.rows import HUB, Row, read_rows
+from liubai.problems.rows import Row, digest, place, read_rows
+from liubai.problems.words import HAN, grams, identity, near_duplicates, share_of
 from liubai.types import Problem
 
-GRAM = 10  #: words in a row that two questions may not share across the line to an evaluation set
-SHINGLE = 3  #: words, for telling near duplicates
-SIMILAR = 0.8  #: share of shingles that near duplicates have in common (Jaccard)
-#: questions longer than this are cut for telling duplicates
-MAX_QUESTION = 100_000
-
-_WORD = re.compile(r"\w+", re.UNICODE)
-_HAN = re.compile(r"[\u3400-\u9fff]")
+_NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 
 
 class Questions(BaseModel):
-    """A file of questions. ``question``, ``answer``, ``verifier`` and ``language`` name columns; the
-    verifier of rows that name none is ``default_verifier``; ``meta`` columns go to the verifier."""
+    """A file of questions. ``question``, ``answer``, ``verifier``, ``language``, ``solution`` name
+    columns; rows without a verifier have ``default_verifier``; ``meta`` columns go to the verifier."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,6 +40,8 @@ class Questions(BaseModel):
     answer: str = "answer"
     verifier: str = "verifier"
     language: str = "language"
+    #: of questions whose answer is a program: one that passes the tests, by which `liubai check` proves them
+    solution: str = "solution"
     meta: tuple[str, ...] = ()
     default_verifier: str = "math"
     #: code that rows may name as their verifier: data alone never chooses what is run
@@ -58,65 +57,100 @@ class Questions(BaseModel):
     def located(self, folder: Path) -> Questions:
         """The same with paths that are relative to ``folder``, where the recipe stands, made absolute."""
 
-        def place(path: str) -> str:
-            return path if path.startswith(HUB) else str((folder / path).absolute())
-
         def code(name: str) -> str:
             file, colon, function = name.rpartition(":")
-            return f"{place(file)}:{function}" if colon and file.endswith(".py") else name
+            return f"{place(file, folder)}:{function}" if colon and file.endswith(".py") else name
 
         return self.model_copy(
             update={
-                "path": place(self.path),
-                "keep_out": tuple(map(place, self.keep_out)),
+                "path": place(self.path, folder),
+                "keep_out": tuple(place(path, folder) for path in self.keep_out),
                 "default_verifier": code(self.default_verifier),
                 "checkers": tuple(map(code, self.checkers)),
             }
         )
 
 
+class Entry(NamedTuple):
+    """A row: ``text`` is the question without the instruction, by which it is known; ``solution`` a program
+    that should pass, where gold is a program's tests and the row has one, or ""."""
+
+    line: int
+    text: str
+    problem: Problem
+    solution: str
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
-    """``line`` is that of the file. ``held_out`` is its split; ``left_out`` why it is in none, or ""."""
+    """``line`` is that of the file. ``held_out`` is its split; ``left_out`` why it is in none, or "".
+    ``solution`` and ``text`` are those of :class:`Entry`."""
 
     line: int
     problem: Problem
     held_out: bool
     left_out: str = ""
+    solution: str = ""
+    text: str = ""
+
+
+def read_entries(config: Questions) -> list[Entry]:
+    """All rows. Raises ``UserError`` with file and line for a row that is no question."""
+    entries = [_entry(row, config, line) for line, row in read_rows(config.path)]
+    if not entries:
+        raise UserError(f"'{config.path}' has no questions")
+    return entries
 
 
 def read_questions(config: Questions) -> list[Question]:
     """All rows, with their splits. Raises ``UserError`` with file and line for a row that is no question."""
-    problems = [(line, _problem(row, config, line)) for line, row in read_rows(config.path)]
-    if not problems:
-        raise UserError(f"'{config.path}' has no questions")
-    forbidden = _grams_of(config)
-    groups = near_duplicates([p.prompt for _, p in problems])
-    first: dict[int, int] = {}
+    entries = read_entries(config)
+    groups = near_duplicates([e.text for e in entries])
+    share: dict[int, float] = {}  # of each group, the greatest: a new row never holds out what was trained on
+    for group, entry in zip(groups, entries, strict=True):
+        share[group] = max(share.get(group, 0.0), share_of(entry.text))
+    kept_out = _kept_out(config, entries, groups)
+    same: dict[tuple[str, ...], Entry] = {}
+    alike: dict[tuple[int, str], Entry] = {}
     found = []
-    for i, (line, problem) in enumerate(problems):
-        leader = first.setdefault(groups[i], i)
-        held_out = share_of(problems[leader][1].prompt) < config.eval_share
+    for group, entry in zip(groups, entries, strict=True):
+        line, text, problem, solution = entry
+        held_out = share[group] < config.eval_share
+        twin = same.setdefault(identity(text), entry)
+        # what is worded a little differently and has another answer is another question
+        first = alike.setdefault((group, problem.gold), entry)
         why = ""
-        if leader != i:
-            why = f"nearly the same as line {problems[leader][0]}"
-        elif not held_out and forbidden and (shared := grams(problem.prompt) & forbidden.keys()):
-            why = f"shares ten words with {forbidden[min(shared)]}"
-        found.append(Question(line, problem, held_out, why))
+        if twin is not entry or first is not entry:
+            other = twin if twin is not entry else first
+            why = f"nearly the same as line {other.line}"
+            if problem.gold != other.problem.gold:
+                why += ", with another answer"
+        elif not held_out and group in kept_out:
+            why = f"shares ten words with {kept_out[group]}"
+        found.append(Question(line, problem, held_out, why, solution, text))
     return found
 
 
 def splits(found: Sequence[Question]) -> tuple[list[Problem], list[Problem]]:
-    """What is trained on, and what is held out."""
+    """What is trained on, and what is held out: of the latter those first whose words hash lowest."""
     used = [q for q in found if not q.left_out]
-    train, held_out = ([q.problem for q in used if q.held_out is side] for side in (False, True))
-    return train, held_out
+    held_out = sorted((q for q in used if q.held_out), key=lambda q: share_of(q.text))
+    return [q.problem for q in used if not q.held_out], [q.problem for q in held_out]
 
 
-def _problem(row: Row, config: Questions, line: int) -> Problem:
+def left_out(found: Sequence[Question]) -> str:
+    """How many are in no split, and why, in one sentence; "" if all are in one."""
+    reasons = Counter(re.sub(r"(as) line \d+", r"\1 another", q.left_out) for q in found if q.left_out)
+    if not reasons:
+        return ""
+    why = "; ".join(f"{n}: {reason}" for reason, n in sorted(reasons.items()))
+    return f"{reasons.total()} of {len(found)} questions are left out ({why}); `liubai check` names them"
+
+
+def _entry(row: Row, config: Questions, line: int) -> Entry:
     where = f"{config.path}:{line}"
     question = _text(row, config.question, where)
-    answer = _text(row, config.answer, where)
+    answer = _text(row, config.answer, where, structured=True)
     if config.answer_after:
         _, mark, answer = answer.rpartition(config.answer_after)
         if not mark:
@@ -133,116 +167,78 @@ def _problem(row: Row, config: Questions, line: int) -> Problem:
         if verifier not in named and verifier not in config.checkers:
             raise UserError(f"{where}: '{verifier}' is code; to run it, name it in checkers")
         verifier = named.get(verifier, verifier)
-    return Problem(
+    problem = Problem(
         prompt=f"{config.instruction}\n{question}" if config.instruction else question,
         gold=answer,
         verifier=verifier,
         family="questions",
         language=str(row.get(config.language) or _language(question)),
-        meta={name: row[name] for name in config.meta},
+        meta=_meta(row, config),
     )
+    solution = row.get(config.solution)
+    return Entry(line, question, problem, solution if isinstance(solution, str) else "")
 
 
-def _text(row: Row, name: str, where: str) -> str:
+def _meta(row: Row, config: Questions) -> dict[str, Any]:
+    """What goes to the verifier. A cell that is empty or null says nothing, and the default holds."""
+    meta = {name: row[name] for name in config.meta if row[name] is not None}
+    if config.path.lower().endswith(".csv"):  # where every cell is text, 0.01 has to be a number all the same
+        meta = {name: _cell(text) for name, text in meta.items() if text.strip()}
+    return meta
+
+
+def _cell(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _text(row: Row, name: str, where: str, structured: bool = False) -> str:
     if name not in row:
         raise UserError(f"{where}: there is no column '{name}'; {nearest(name, map(str, row))}")
     value = row[name]
-    if isinstance(value, bool) or value is None:
-        raise UserError(f"{where}: '{name}' must be text or a number, not {json.dumps(value)}")
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float):
-        return str(value)
-    return json.dumps(value, ensure_ascii=False)  # tests of a program, say
+    if isinstance(value, bytes):  # Parquet's, where the writer did not say that it is text
+        with contextlib.suppress(UnicodeDecodeError):
+            value = value.decode()
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: '{name}' must be text or a number, not {value}")
+    if not number and not isinstance(value, str | (list | dict if structured else str)):
+        shown = json.dumps(value, default=lambda other: type(other).__name__)
+        raise UserError(f"{where}: '{name}' must be text or a number, not {shown[:60]}")
+    text = value if isinstance(value, str) else str(value) if number else _json(value, name, where)
+    if _NO_TEXT.search(text):
+        raise UserError(f"{where}: '{name}' has a character that is no text (NUL, or half of a pair)")
+    return text
+
+
+def _json(value: object, name: str, where: str) -> str:
+    """A list or an object as it would stand in JSON: the tests of a program, say."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: '{name}' is not JSON ({error})") from None
 
 
 def _language(text: str) -> str:
-    return "zh" if len(_HAN.findall(text)) * 4 > len(text) else "en"
+    return "zh" if len(HAN.findall(text)) * 4 > len(text) else "en"
 
 
-# ---- words ----
-
-
-def words(text: str) -> list[str]:
-    """Letters and digits, in small letters; of Chinese, every character is a word."""
-    plain = unicodedata.normalize("NFKC", text[:MAX_QUESTION]).casefold()
-    found: list[str] = []
-    for word in _WORD.findall(plain):
-        found += word if _HAN.search(word) else [word]
-    return found
-
-
-def share_of(text: str) -> float:
-    """A number in [0, 1) that depends on the words of a question alone."""
-    digest = blake2b(" ".join(words(text)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
-
-
-def grams(text: str) -> set[int]:
-    """The ten-word runs of a text, as hashes; of a shorter text, all of it (if three words or more)."""
-    return set(_runs(words(text), GRAM))
-
-
-def _runs(listed: Sequence[str], n: int) -> Iterator[int]:
-    if SHINGLE <= len(listed) < n:
-        n = len(listed)
-    for i in range(len(listed) - n + 1):
-        yield int.from_bytes(blake2b(" ".join(listed[i : i + n]).encode(), digest_size=8).digest(), "big")
-
-
-def _grams_of(config: Questions) -> dict[int, str]:
-    """Ten-word runs of the files to keep out -> which file."""
-    found: dict[int, str] = {}
+def _kept_out(config: Questions, entries: Sequence[Entry], groups: Sequence[int]) -> dict[int, str]:
+    """Groups with a question that shares ten words with a file to keep out -> which file."""
+    forbidden: dict[int, str] = {}
     for path in config.keep_out:
         for line, row in read_rows(path):
             for gram in grams(_text(row, config.question, f"{path}:{line}")):
-                found.setdefault(gram, path)
+                forbidden.setdefault(gram, path)
+    found: dict[int, str] = {}
+    for group, entry in zip(groups, entries, strict=True):
+        if forbidden and (shared := grams(entry.text) & forbidden.keys()):
+            found.setdefault(group, forbidden[min(shared)])
     return found
-
-
-def near_duplicates(texts: Sequence[str]) -> list[int]:
-    """A group's number for each text; texts of a group have the same numbers and :data:`SIMILAR` of their
-    three-word runs in common, directly or by way of others. With other numbers it is another question.
-
-    Only texts that share one of their rarest runs are compared: two sets with a Jaccard index J must share
-    one among the ``(1 − J)·n + 1`` rarest of either (prefix filtering, Chaudhuri et al. 2006).
-    """
-    listed = [words(t) for t in texts]
-    runs = [frozenset(_runs(own, SHINGLE)) or frozenset(_runs([" ".join(own)], 1)) for own in listed]
-    numbers = [[word for word in own if word.isdigit()] for own in listed]
-    count: dict[int, int] = defaultdict(int)
-    for own in runs:
-        for run in own:
-            count[run] += 1
-    group = list(range(len(texts)))
-
-    def root(i: int) -> int:
-        while group[i] != i:
-            group[i] = group[group[i]]
-            i = group[i]
-        return i
-
-    seen: dict[int, list[int]] = defaultdict(list)
-    for i, own in enumerate(runs):
-        rare = sorted(own, key=lambda run: (count[run], run))
-        prefix = rare[: int((1 - SIMILAR) * len(rare)) + 1]
-        for j in dict.fromkeys(j for run in prefix for j in seen[run]):
-            if root(i) == root(j) or numbers[i] != numbers[j]:
-                continue
-            if len(own & runs[j]) >= SIMILAR * len(own | runs[j]):
-                a, b = sorted((root(i), root(j)))
-                group[b] = a  # the first stands for all
-        for run in prefix:
-            seen[run].append(i)
-    return [root(i) for i in range(len(texts))]
 
 
 def digests(config: Questions) -> dict[str, str]:
     """What the files hold, for a stage's fingerprint: with other rows it is another stage."""
-    found: dict[str, str] = {}
-    for path in (config.path, *config.keep_out):
-        state = blake2b(digest_size=16)
-        for line, row in read_rows(path):
-            state.update(f"{line} {json.dumps(row, sort_keys=True, default=str)}\n".encode())
-        found[path] = state.hexdigest()
-    return found
+    return {path: digest(path) for path in (config.path, *config.keep_out)}

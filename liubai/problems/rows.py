@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from liubai.errors import UserError
 
@@ -21,6 +22,19 @@ HUB = "hf:"  #: ``hf:org/name`` or ``hf:org/name:split``
 Row = dict[str, Any]
 
 ENDINGS = (".jsonl", ".csv", ".parquet")
+
+
+def place(path: str, folder: Path) -> str:
+    """``path`` as seen from ``folder``, made absolute; a data set of the hub stays what it is."""
+    return path if path.startswith(HUB) else str((folder / path).absolute())
+
+
+def digest(path: str) -> str:
+    """Of what the rows of ``path`` hold and on which lines they stand."""
+    state = blake2b(digest_size=16)
+    for line, row in read_rows(path):
+        state.update(f"{line} {json.dumps(row, sort_keys=True, default=str)}\n".encode())
+    return state.hexdigest()
 
 
 def is_rows(path: str) -> bool:
@@ -41,8 +55,8 @@ def read_rows(path: str) -> Iterator[tuple[int, Row]]:
     file = Path(path)
     if file.suffix.lower() not in readers:
         raise UserError(f"'{path}': questions are read from .jsonl, .csv or .parquet, or hf:org/name")
-    if not file.is_file():
-        raise UserError(f"there is no file '{path}'")
+    if not file.is_file():  # of a pipe only the first reader would see anything
+        raise UserError(f"'{path}' is not a file" if file.exists() else f"there is no file '{path}'")
     try:
         yield from readers[file.suffix.lower()](file)
     except OSError as error:
@@ -51,19 +65,25 @@ def read_rows(path: str) -> Iterator[tuple[int, Row]]:
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
     with open(file, "rb") as binary:
-        number = 0
-        while line := binary.readline(MAX_LINE + 1):
-            number += 1
-            if len(line) > MAX_LINE:
-                raise UserError(f"{file}:{number}: the line is longer than {MAX_LINE >> 20} MB")
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            try:
-                yield number, line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{file}:{number}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8"
-                ) from None
+        yield from decoded_lines(binary, str(file))
+
+
+def decoded_lines(binary: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
+    """(number, text) of the lines of a stream called ``name``. Raises ``UserError`` with file and line for
+    what is not UTF-8 and for a line longer than :data:`MAX_LINE`, of which no more than that is read."""
+    number = 0
+    while line := binary.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise UserError(f"{name}:{number}: the line is longer than {MAX_LINE >> 20} MB")
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        try:
+            yield number, line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{name}:{number}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8"
+            ) from None
 
 
 def _jsonl(file: Path) -> Iterator[tuple[int, Row]]:

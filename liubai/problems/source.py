@@ -8,13 +8,15 @@ from typing import Protocol
 from liubai.errors import UserError
 from liubai.problems import family, problem_at
 from liubai.problems.family import distinct_problems
-from liubai.problems.questions import Questions, read_questions, share_of, splits
+from liubai.problems.questions import Questions, left_out, read_questions, splits
 from liubai.seeds import stream
 from liubai.types import Problem
 
 
 class Source(Protocol):
-    """Questions for training, without end, and held-out ones."""
+    """Questions for training, without end, and held-out ones. ``note`` says which were left out, or is ""."""
+
+    note: str
 
     def train(self, seed: int, index: int) -> Problem:
         """Question ``index``: a pure function of its arguments, so that a run can go on anywhere."""
@@ -28,6 +30,8 @@ class Source(Protocol):
 
 class Families:
     """Generated problems; ``shares`` say how often each family's turn is."""
+
+    note = ""
 
     def __init__(self, shares: Mapping[str, float]) -> None:
         self.shares = shares
@@ -54,8 +58,9 @@ class Bank:
     """The questions of a file, each once an epoch, in an order of each epoch's own."""
 
     def __init__(self, questions: Questions) -> None:
-        self._train, held_out = splits(read_questions(questions))
-        self._held_out = sorted(held_out, key=lambda problem: share_of(problem.prompt))
+        found = read_questions(questions)
+        self._train, self._held_out = splits(found)
+        self.note = left_out(found)
         self._path = questions.path
         self._order: tuple[tuple[int, int], Sequence[int]] = ((-1, -1), ())
 

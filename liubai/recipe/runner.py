@@ -20,9 +20,11 @@ from pathlib import Path
 
 from liubai import files
 from liubai.errors import UserError
+from liubai.measure.readiness import require_ready
 from liubai.recipe.environment import describe
 from liubai.recipe.recipe import Recipe, StagePlan
 from liubai.stages import stage_module
+from liubai.stages.config import Brought, Compute
 from liubai.stages.context import Context, read_done, read_meta
 from liubai.stages.view import View
 
@@ -35,10 +37,17 @@ MARK = ".liubai-run"
 def run(recipe: Recipe, out: Path, view: View) -> Path:
     """Run every stage of ``recipe`` that ``out`` does not hold yet; returns ``out``.
 
-    Raises ``UserError`` when ``out`` is not a run folder or another run is working in it (nothing is
-    touched then), when a saved state is damaged, or the disk is full.
+    Raises ``UserError`` when ``out`` is not a run folder, another run is working in it, questions could
+    not be judged or a device is not there (nothing is touched then), when a saved state is damaged, or the
+    disk is full.
     """
     _check_folder(out)
+    configs = [plan.config for plan in recipe.stages]
+    for questions in dict.fromkeys(c.questions for c in configs if isinstance(c, Brought) and c.questions):
+        require_ready(questions)
+    for config in configs:
+        if isinstance(config, Compute):
+            config.where()  # the last stage's device, too, is asked for before the first one works
     with _locked(out):
         files.sweep(out)
         files.write_text(out / "recipe.toml", recipe.to_toml())

@@ -14,11 +14,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from liubai.errors import UserError, is_out_of_memory
 from liubai.model import kernels
 from liubai.model.config import ModelConfig
 
 NARROWEST = 64
+#: An empty band gives memory of more bytes than this back; to a small model, asking again would cost more.
+KEEP = 1 << 28
 
 
 class Band:
@@ -46,11 +50,20 @@ class Band:
 
     def _grow(self, rows: int) -> None:
         layers, heads, width, size = self._shape
-        capacity = max(16, rows + rows // 2)
+        capacity = rows + max(4, rows // 2)
         for name in ("k", "v"):
             old: Tensor = getattr(self, name)
             # zeros, not empty: masked columns are multiplied by 0, and 0 × NaN is NaN
-            new = torch.zeros(layers, capacity, heads, width, size, dtype=old.dtype, device=self.slots.device)
+            shape = (layers, capacity, heads, width, size)
+            try:
+                new = torch.zeros(shape, dtype=old.dtype, device=self.slots.device)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise UserError(
+                    f"the keys and values of {rows} answers of up to {width} tokens do not fit the memory; "
+                    "lower slots (answers written at once) or max_tokens"
+                ) from None
             if len(self):
                 new[:, : len(self)] = old[:, : len(self)]
             setattr(self, name, new)
@@ -67,6 +80,15 @@ class Band:
             self.v[:, holes] = self.v[:, movers]
             self.slots[holes] = self.slots[movers]
         self.slots = self.slots[:keep]
+        self.release()
+
+    def clear(self) -> None:
+        self.slots = self.slots[:0]
+        self.release()
+
+    def release(self) -> None:
+        if not len(self) and self.k.nbytes + self.v.nbytes > KEEP:
+            self.k, self.v, self.capacity = self.k.new_empty(0), self.v.new_empty(0), 0
 
 
 class BandedCache:
@@ -88,7 +110,7 @@ class BandedCache:
 
     def clear(self) -> None:
         for band in self.bands:
-            band.slots = band.slots[:0]
+            band.clear()
 
     def admit(
         self,
@@ -188,6 +210,12 @@ class DecodeAttend:
         keys_nKWE.view(-1, E).index_copy_(0, places, k_nKE.reshape(-1, E))
         values_nKWE.view(-1, E).index_copy_(0, places, v_nKE.reshape(-1, E))
         keys_RTE, values_RTE = keys_nKWE.flatten(0, 1)[:, :T], values_nKWE.flatten(0, 1)[:, :T]
+        if q_nHE.dtype in (torch.bfloat16, torch.float16):  # scores of 16 bits would be too coarse
+            out_nKGE = F.scaled_dot_product_attention(
+                q_nHE.reshape(n, K, G, E), keys_nKWE[:, :, :T], values_nKWE[:, :, :T], mask_nT[:, None]
+            )
+            out_nHE.copy_(out_nKGE.flatten(1, 2))
+            return
         scores_RGT = torch.bmm((q_nHE * E**-0.5).reshape(n * K, G, E), keys_RTE.transpose(1, 2))
         weights_nHT = torch.softmax(scores_RGT.view(n, K * G, T).add_(mask_nT), dim=-1)
         out_nHE.copy_(torch.bmm(weights_nHT.view(n * K, G, T), values_RTE).view(n, K * G, E))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,17 @@ from liubai.problems.source import Bank
 from liubai.rollout.engine import Engine, Request
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive
-from liubai.stages.config import Brought, FamilyName
+from liubai.stages.config import Brought, Compute, FamilyName
 from liubai.stages.context import Context
 from liubai.stages.rollouts import without_blank
-from liubai.text.template import Template, template_for, text_of
+from liubai.text.template import Template, require_readable, template_for, text_of
 from liubai.types import Problem, Sample, Stop
 
 Progress = Callable[[int, int], None]
+COMPUTE = Compute()
 
 
-class Config(Brought):
+class Config(Brought, Compute):
     problems: FamilyName = "countdown"
     label: str = ""
     limit: int = Field(200, gt=0, description="held-out problems")
@@ -41,6 +42,9 @@ class Config(Brought):
     top_p: float = Field(1.0, gt=0, le=1)
     slots: int = Field(256, gt=0)
     blank: bool = True
+
+    def families(self) -> Iterable[str]:
+        return (self.problems,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,11 +170,15 @@ def evaluate_checkpoint(
     progress: Progress | None = None,
     slots: int = 256,
     thinking: bool = True,
+    compute: Compute = COMPUTE,
 ) -> dict[str, Any]:
     """What ``liubai eval`` prints, but for the name of the problems. Raises ``UserError`` for a bad
     checkpoint."""
-    model, tokenizer = load(path)
+    model, tokenizer = load(path, dtype=compute.dtype(), device=compute.where())
+    if compute.compile:
+        model.compile_decoding()
     template = template_for(tokenizer, path, thinking=thinking)
+    require_readable(template, [p.prompt for p in problems])
     longest = max(len(template.prompt_ids(p.prompt)) for p in problems) + max_tokens
     if longest > model.config.max_position_embeddings:
         raise UserError(
@@ -214,6 +222,7 @@ def run(config: Config, context: Context) -> None:
         seed,
         slots=config.slots,
         thinking=config.blank,
+        compute=config,
     )
     asked = config.questions.path if config.questions else config.problems
     label = config.label or next(iter(context.inputs), config.model)

@@ -1,21 +1,23 @@
 """Pre-training: a small base model from found text. Next-token prediction, and nothing else.
 
-Every step draws its documents from (seed, step), so the data cursor of a checkpoint is the step.
-Left out on purpose: validation loss (the stages after it measure what matters), data loading from
-disk.
+The text is made up by problem families, or read from the user's file (``texts``). Every step draws its
+documents from (seed, step), so the data cursor of a checkpoint is the step. Left out on purpose: validation
+loss (the stages after it measure what matters), texts that do not fit into memory.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from liubai.errors import Diverged
+from liubai.errors import Diverged, UserError
 from liubai.learn.logprobs import batch_logprobs
 from liubai.learn.optim import Optimizer, warmup_decay
 from liubai.learn.packing import Batch, Sequence1, micro_batches
@@ -25,11 +27,16 @@ from liubai.model.config import ModelConfig
 from liubai.model.transformer import Transformer, build
 from liubai.problems import family, world_vocabulary
 from liubai.problems.family import Habits, split_of
+from liubai.problems.rows import digest
+from liubai.problems.texts import Texts, read_texts
 from liubai.seeds import derive, stream
-from liubai.stages.config import MAX_SKIPPED, Shares, StageConfig
+from liubai.stages.config import MAX_SKIPPED, Trained, WrittenShares
 from liubai.stages.context import Context
-from liubai.text.template import BARE
-from liubai.text.tokenizer import EOS, TextTokenizer, word_level
+from liubai.text.template import BARE, Template
+from liubai.text.tokenizer import EOS, TextTokenizer, byte_level, word_level
+
+#: a document, drawn at random
+Draw = Callable[[random.Random], Sequence1]
 
 
 class ModelShape(BaseModel):
@@ -54,13 +61,14 @@ class ModelShape(BaseModel):
         return value
 
 
-class Config(StageConfig):
+class Config(Trained):
     steps: int = Field(gt=0)
     tokens_per_step: int = Field(4096, gt=0)
-    tokens_per_microbatch: int = Field(2048, gt=0)
     #: family name -> share of documents
-    families: Shares = {"countdown": 1.0}
+    families: WrittenShares = {"countdown": 1.0}
     habits: Habits = Habits()
+    #: the user's own texts, in the place of ``families`` and their ``habits``
+    texts: Texts | None = None
     model: ModelShape = ModelShape()
     lr: float = Field(3e-3, gt=0, description="AdamW: embeddings, head and norms")
     muon_lr: float = Field(1e-2, gt=0, description="Muon: hidden matrices")
@@ -68,11 +76,18 @@ class Config(StageConfig):
     decay: float = Field(0.5, ge=0, le=1, description="share of the steps")
     save_every: int = Field(100, gt=0, description="steps between resume points")
 
+    def located(self, folder: Path) -> Config:
+        return self.model_copy(update={"texts": self.texts.located(folder) if self.texts else None})
+
+    def outside(self) -> dict[str, str]:
+        return {self.texts.path: digest(self.texts.path)} if self.texts else {}
+
 
 def run(config: Config, context: Context) -> None:
-    tokenizer = word_level(world_vocabulary())
+    tokenizer, draw = read(config.texts) if config.texts else invent(config)
     model = build(model_config(config.model, tokenizer), derive(context.seed, "init"))
-    optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr)
+    model.to(config.where(), config.dtype()).checkpointing = config.checkpointing
+    optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr, moments=config.moments())
     tokens, first, skipped = 0, 0, 0
     if state := context.restore():
         model.load_state_dict({n: state.tensors[f"model/{n}"] for n in model.state_dict()})
@@ -82,9 +97,9 @@ def run(config: Config, context: Context) -> None:
     for step in range(first, config.steps):
         begun = time.perf_counter()
         batches = micro_batches(
-            list(documents(config, tokenizer, context.seed, step)),
+            list(documents(draw, config.tokens_per_step, context.seed, step)),
             tokenizer.pad_id,
-            config.tokens_per_microbatch,
+            config.microbatch(),
         )
         targets = sum(int(b.mask_BT.sum()) for b in batches)
         # divided by the targets of the whole step: how it is cut into micro-batches changes nothing
@@ -117,34 +132,64 @@ def run(config: Config, context: Context) -> None:
                 | {f"optimizer/{n}": t for n, t in optimizer.state_dict().items()},
                 {"tokens": tokens, "skipped": skipped},
             )
+    optimizer.widen_parameters()
     save_checkpoint(context.folder / "checkpoint", model, tokenizer, BARE)
 
 
 def _backward(model: Transformer, batches: Sequence[Batch], weight: float) -> list[float]:
     losses = []
     for batch in batches:
-        logprobs_BT, _ = batch_logprobs(model, batch)
+        logprobs_BT, _ = batch_logprobs(model, batch.to(model.head_weight.device))
         loss = -logprobs_BT.sum() * weight
         loss.backward()  # type: ignore[no-untyped-call]
         losses.append(float(loss.detach()))
     return losses
 
 
-def documents(config: Config, tokenizer: TextTokenizer, seed: int, step: int) -> Iterator[Sequence1]:
-    """The found text of one step, about ``tokens_per_step`` tokens, train problems only."""
+def documents(draw: Draw, room: int, seed: int, step: int) -> Iterator[Sequence1]:
+    """The found text of one step, about ``room`` tokens."""
     rng = stream(seed, "corpus", step)
+    while room > 0:
+        document = draw(rng)
+        room -= len(document.ids)
+        yield document
+
+
+def invent(config: Config) -> tuple[TextTokenizer, Draw]:
+    """The small world: what people may have written about train problems, without end."""
+    tokenizer = word_level(world_vocabulary())
     families = [family(name) for name in config.families]
     shares = list(config.families.values())
-    room = config.tokens_per_step
-    while room > 0:
-        kind = rng.choices(families, shares)[0]
-        problem = kind.found(rng, config.habits)
-        if split_of(f"{kind.name}/{kind.key(problem)}") != "train":
-            continue
-        text = kind.document(problem, rng, config.habits)
-        ids = tokenizer.encode(f"{tokenizer.bos} {problem.prompt} {text}{EOS}")
-        room -= len(ids)
-        yield Sequence1(ids, [True] * len(ids))
+
+    def draw(rng: random.Random) -> Sequence1:
+        while True:
+            kind = rng.choices(families, shares)[0]
+            problem = kind.found(rng, config.habits)
+            if split_of(f"{kind.name}/{kind.key(problem)}") == "train":
+                text = kind.document(problem, rng, config.habits)
+                ids = tokenizer.encode(f"{tokenizer.bos} {problem.prompt} {text}{EOS}")
+                return Sequence1(ids, [True] * len(ids))
+
+    return tokenizer, draw
+
+
+def read(texts: Texts) -> tuple[TextTokenizer, Draw]:
+    """A file: its training rows, in the words of a tokenizer learned from them. Questions are read, and what
+    stands under them is learned: of all the questions that one might ask there is little to be learned."""
+    rows = read_texts(texts)
+    tokenizer = byte_level((part for row in rows for part in (row.prompt, row.text)), texts.vocabulary)
+    template = Template(tokenizer, BARE)
+    longest = ModelConfig().max_position_embeddings
+    documents = []
+    for row in rows:
+        prompt = template.prompt_ids(row.prompt)
+        ids = [*prompt, *tokenizer.encode(f"{row.text}{EOS}")]
+        if len(ids) > longest:
+            raise UserError(
+                f"{texts.path}:{row.line}: {len(ids)} tokens, and the model has {longest} positions; cut it"
+            )
+        documents.append(Sequence1(ids, [i >= len(prompt) for i in range(len(ids))]))
+    return tokenizer, lambda rng: rng.choice(documents)
 
 
 def model_config(shape: ModelShape, tokenizer: TextTokenizer) -> ModelConfig:

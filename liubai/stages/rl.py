@@ -8,8 +8,11 @@ what did better than its group and down what did worse. Which algorithm that is,
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -26,15 +29,18 @@ from liubai.model.transformer import Transformer
 from liubai.problems.source import source_of
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive, stream
-from liubai.stages.config import MAX_SKIPPED, Brought, Shares
+from liubai.stages.config import MAX_SKIPPED, Brought, Shares, Trained
 from liubai.stages.context import Context
 from liubai.stages.evaluate import evaluate
 from liubai.stages.rl_metrics import probe_records, rollout_metrics, shuffle_rewards, varies
 from liubai.stages.rollouts import GradedGroup, Rollouts
-from liubai.text.template import template_for
+from liubai.text.template import require_readable, template_for
+
+#: mean |Δ log-probability| that the arithmetic alone explains; stale weights make 0.2 (trl#5312)
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 
-class Config(Brought):
+class Config(Brought, Trained):
     #: an algorithm by name: defaults for other keys, see liubai/learn/presets.py
     preset: str | None = None
     steps: int = Field(gt=0)
@@ -47,7 +53,6 @@ class Config(Brought):
     warmup: int = Field(0, ge=0, description="steps")
     decay: float = Field(0.0, ge=0, le=1, description="share of the steps in which lr falls to 0")
     minibatches: int = Field(1, gt=0)
-    tokens_per_microbatch: int = Field(2048, gt=0)
     max_norm: float = Field(1.0, gt=0)
     loss: LossConfig = LossConfig(aggregation="token-mean")
     advantage: Advantage = "grpo"
@@ -69,6 +74,9 @@ class Config(Brought):
     probes: int = Field(3, ge=0, description="held-out prompts whose answers are kept at every eval")
     save_every: int = Field(10, gt=0)
 
+    def families(self) -> Iterable[str]:
+        return self.problems
+
     @classmethod
     def filled(cls, raw: dict[str, Any]) -> dict[str, Any]:
         return expand(raw)
@@ -76,13 +84,21 @@ class Config(Brought):
 
 def run(config: Config, context: Context) -> None:
     parent = context.parent_checkpoint(config.model)
-    model, tokenizer = load(parent)
+    model, tokenizer = load(parent, dtype=config.dtype(), device=config.where())
+    model.checkpointing = config.checkpointing
     if config.lora:
         attach(model, config.lora, context.seed)
     template = template_for(tokenizer, parent, thinking=config.blank)
-    optimizer = Optimizer(model, lr=config.lr, max_norm=config.max_norm, betas=(0.9, 0.95))
+    if config.compile:
+        model.compile_decoding()
+    optimizer = Optimizer(
+        model, lr=config.lr, max_norm=config.max_norm, betas=(0.9, 0.95), moments=config.moments()
+    )
     source = source_of(config.problems, config.questions)
+    if source.note:
+        context.warn(source.note)
     held_out = source.held_out(config.eval_problems)
+    require_readable(template, [p.prompt for p in held_out])
     prompt = source.longest(lambda text: len(template.prompt_ids(text)))
     longest = config.max_tokens + prompt
     if longest > model.config.max_position_embeddings:
@@ -98,7 +114,8 @@ def run(config: Config, context: Context) -> None:
         minibatches=config.minibatches,
         max_tokens=config.max_tokens,
         temperature=config.temperature,
-        tokens_per_microbatch=config.tokens_per_microbatch,
+        tokens_per_microbatch=config.microbatch(),
+        tolerance=TOLERANCE[config.dtype()],
     )
     with GraderPool(timeout_s=config.grader_timeout) as pool:
         rollouts = Rollouts(
@@ -114,7 +131,7 @@ def run(config: Config, context: Context) -> None:
             ahead=max(1, config.slots // config.samples) if config.inflight else 0,
         )
         first, tokens, skipped = 0, 0, 0
-        reference = load(parent)[0] if config.loss.kl else None
+        reference = load(parent, dtype=config.dtype(), device=config.where())[0] if config.loss.kl else None
         if state := context.restore():
             _restore(trained(model), "model/", state.tensors)
             optimizer.load_state_dict({n: state.tensors[f"optimizer/{n}"] for n in optimizer.state_dict()})
@@ -166,9 +183,18 @@ def run(config: Config, context: Context) -> None:
                 reference=reference,
             )
             ended = time.perf_counter()
-            skipped = skipped + 1 if learned.get("skipped") else 0
-            if skipped:
-                context.warn(f"step {step + 1}: the gradient was not finite; nothing was changed")
+            if halvings := int(learned.get("halvings", 0)):
+                fits = max(1, settings.tokens_per_microbatch >> halvings)
+                settings = replace(settings, tokens_per_microbatch=fits)
+                context.warn(
+                    f"step {step + 1}: memory ran out; micro-batches now have {fits} tokens. Nothing was lost"
+                )
+            lost, updates = int(learned.get("skipped", 0)), int(learned.get("updates", 0))
+            skipped = skipped + 1 if lost and lost == updates else 0
+            if lost:
+                context.warn(
+                    f"step {step + 1}: {lost} of {updates} gradients were not finite; those changed nothing"
+                )
             if skipped >= MAX_SKIPPED:
                 raise Diverged(
                     f"{MAX_SKIPPED} steps in a row had no finite gradient; lower lr, or look at the rewards"
@@ -195,6 +221,7 @@ def run(config: Config, context: Context) -> None:
                     _tensors(model, optimizer, reference),
                     {"tokens": tokens, "skipped": skipped, "rollouts": rollouts.state()},
                 )
+    optimizer.widen_parameters()
     save_checkpoint(context.folder / "checkpoint", model, tokenizer, template.source, merged(model))
     if config.lora:
         save_adapter(context.folder / "adapter", model, config.lora, str(parent))

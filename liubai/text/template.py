@@ -8,6 +8,7 @@ grader reads the same object, so a prefilled ``<think>`` is never held against t
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -49,7 +50,9 @@ class Template:
     def __init__(self, tokenizer: TextTokenizer, source: str, *, thinking: bool = True) -> None:
         self.tokenizer, self.source, self.thinking = tokenizer, source, thinking
         try:
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            environment = ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            )
             self._compiled = environment.from_string(source)  # milliseconds: once, not per prompt
         except TemplateError as error:
             raise UserError(f"the chat template does not parse: {error}") from error
@@ -78,18 +81,40 @@ class Template:
 
 
 def template_for(tokenizer: TextTokenizer, folder: Path, *, thinking: bool = True) -> Template:
-    """The template of a checkpoint folder, from either place where Hugging Face keeps it;
-    :data:`THINK_ANSWER` when it has none (a base model)."""
+    """The template of a checkpoint folder; :data:`THINK_ANSWER` when it has none (a base model)."""
+    return Template(tokenizer, template_source(folder) or THINK_ANSWER, thinking=thinking)
+
+
+def template_source(folder: Path) -> str | None:
+    """What a checkpoint folder says, in either place where Hugging Face keeps it."""
     path, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    source = THINK_ANSWER
     if path.exists():
-        source = path.read_text(encoding="utf-8")
-    elif config.exists():
-        kept = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-        if isinstance(kept, list):  # several, by name
-            kept = {entry["name"]: entry["template"] for entry in kept}.get("default")
-        source = kept or THINK_ANSWER
-    return Template(tokenizer, source, thinking=thinking)
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"'{path}' is not UTF-8 text") from error
+    if not config.exists():
+        return None
+    kept = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(kept, list):  # several, by name
+        kept = {entry["name"]: entry["template"] for entry in kept}.get("default")
+    return kept or None
+
+
+def require_readable(template: Template, questions: Sequence[str]) -> None:
+    """Raises ``UserError`` when the tokenizer has no tokens for most of ``questions``: what the model would
+    be asked is a row of unknowns, though every log shows the clean text."""
+    unknown = template.tokenizer.unknown_id
+    if unknown is None:
+        return
+    ids = [i for text in questions for i in template.tokenizer.encode(text)]
+    share = ids.count(unknown) / max(1, len(ids))
+    if share > 0.5:
+        raise UserError(
+            f"this model cannot read these questions: {share:.0%} of their tokens are unknown to its "
+            "tokenizer. Bring a model with a vocabulary for them, or make one from your own texts "
+            "(docs/your-domain.md)"
+        )
 
 
 def text_of(template: Template, sample: Sample) -> str:

@@ -1,17 +1,18 @@
-"""Tokenizers: the small world's own word-level one, and any ``tokenizer.json``.
+"""Tokenizers: the small world's own word-level one, one learned from texts, and any ``tokenizer.json``.
 
-Both are ``tokenizers.Tokenizer``; this wrapper adds the ids that the rest of the house needs by
+All are ``tokenizers.Tokenizer``; this wrapper adds the ids that the rest of the house needs by
 name. Text is encoded once, on the way in; completions are decoded to grade and to show, and never
 encoded again.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from liubai.errors import UserError
 
@@ -21,6 +22,12 @@ BOS, EOS, UNKNOWN = "<|start|>", "<|end|>", "<|unknown|>"
 
 #: Words, and numbers with the sign that says their role (``=7`` a result, ``:28`` a distance).
 PIECES = r"</?[a-z]+>|<\|[a-z]+\|>|(?:->|=|:)(?:\d+|big|far)|\d+|\p{Han}+|[A-Za-z]+|\S"
+
+#: What byte pairs may not be merged across, as in Llama 3: a word with the blank before it, three digits.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class TextTokenizer:
@@ -52,6 +59,12 @@ class TextTokenizer:
         self.pad_id = self.eos_id  # safe: masks are carried, never inferred from ids
 
     @property
+    def unknown_id(self) -> int | None:
+        """What stands for words that it does not have; byte-level tokenizers have them all."""
+        token = getattr(self.backend.model, "unk_token", None)
+        return self.backend.token_to_id(token) if token else None
+
+    @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
@@ -80,4 +93,28 @@ def word_level(vocabulary: Iterable[str]) -> TextTokenizer:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(PIECES), "isolated")]
     )
     backend.add_special_tokens([UNKNOWN, BOS, EOS])
+    return TextTokenizer(backend)
+
+
+def byte_level(texts: Iterable[str], vocabulary: int) -> TextTokenizer:
+    """Byte pairs learned from ``texts``: at most ``vocabulary`` tokens, and no text that it cannot write.
+    Words and numbers up to 999 that are frequent become single tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(TAGS),
+        special_tokens=[BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    # the tags are tokens of their own, so nothing is learned from their letters
+    pieces = (piece for text in texts for piece in re.split("|".join(TAGS), text))
+    backend.train_from_iterator(pieces, trainer)
+    backend.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
     return TextTokenizer(backend)

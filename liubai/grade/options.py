@@ -1,0 +1,36 @@
+"""The options in a problem's ``meta``, checked without an answer and without running anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from liubai.grade.verifiers import VERIFIERS, tolerance_of
+
+
+def check_options(verifier: str, gold: str, meta: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for an option that ``verifier`` does not take, or a meta that is not JSON.
+
+    What it reads of the gold answer on the way may be as wrong as it likes: that is found by judging it.
+    """
+    try:
+        json.dumps(dict(meta))
+    except TypeError as error:
+        raise ValueError(f"meta goes to the verifier as JSON: {error}") from None
+    if verifier in VERIFIERS:
+        try:
+            VERIFIERS[verifier](gold, gold, meta)
+        except ValueError as error:
+            if str(error).startswith("meta '"):
+                raise
+    elif verifier == "math":
+        tolerance_of(meta)
+    elif verifier == "regex":
+        from liubai.grade.structured import flag
+
+        flag(meta, "ignore_case", False)
+    elif verifier == "code":
+        from liubai.grade.code import check_options as check_code
+
+        check_code(meta)

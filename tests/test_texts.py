@@ -1,0 +1,176 @@
+"""A base model from the user's own texts: what is read, in which tokens, and that nothing held out is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Killed, Silent
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from liubai.errors import UserError
+from liubai.model.checkpoint import load
+from liubai.problems.questions import Questions, read_questions, share_of, splits
+from liubai.problems.texts import Texts, read_texts
+from liubai.recipe import load_recipe
+from liubai.recipe.runner import fingerprint
+from liubai.stages import pretrain
+from liubai.stages.context import Context
+from liubai.text.template import template_for
+from liubai.text.tokenizer import BOS, EOS, TAGS, byte_level
+
+SUMS = [(f"What is {a} plus {b}?", str(a + b)) for a in range(10, 30) for b in (5, 17, 400)]
+TEXTS = [f"{question} <think> {a} </think> <answer> {a} </answer>" for question, a in SUMS]
+TOKENIZER = byte_level(TEXTS, 320)
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    rows = [{"prompt": q, "text": f"<think> {a}. </think> <answer> {a} </answer>"} for q, a in SUMS]
+    return write(tmp_path / "notes.jsonl", rows)
+
+
+# ---- tokens ----
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=40))
+def test_any_text_comes_back(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+def test_frequent_words_and_numbers_are_single_tokens() -> None:
+    pieces = [TOKENIZER.decode([i]) for i in TOKENIZER.encode(TEXTS[1])]
+    assert pieces == [
+        *("What", " is", " ", "10", " plus", " ", "17", "?", " ", "<think>", " ", "27", " ", "</think>"),
+        *(" ", "<answer>", " ", "27", " ", "</answer>"),
+    ]
+    assert [TOKENIZER.decode([i]) for i in TOKENIZER.encode("400400")] == ["400", "400"]
+
+
+def test_the_vocabulary_is_no_larger_than_asked_and_the_same_every_time() -> None:
+    assert TOKENIZER.vocab_size <= 320
+    assert byte_level(iter(TEXTS), 320).backend.to_str() == TOKENIZER.backend.to_str()
+    assert all(len(TOKENIZER.encode(token)) == 1 for token in (BOS, EOS, *TAGS))
+    assert byte_level(TEXTS, 262).vocab_size == 262
+
+
+# ---- rows ----
+
+
+def test_a_text_about_a_held_out_question_is_never_read(notes: Path) -> None:
+    rows = [{"question": q, "answer": a} for q, a in SUMS]
+    questions = Questions(
+        path=str(write(notes.parent / "questions.jsonl", rows)), instruction="Think.", eval_share=0.3
+    )
+    train, held_out = splits(read_questions(questions))
+    assert train
+    assert held_out
+    read = {row.prompt for row in read_texts(Texts(path=str(notes), instruction="Think.", eval_share=0.3))}
+    assert read == {problem.prompt for problem in train}
+    assert {row.prompt for row in read_texts(Texts(path=str(notes), eval_share=0))} == {q for q, _ in SUMS}
+
+
+MISTAKES = [
+    ({"prompt": "How?", "texts": "<think>"}, ":1: there is no column 'text'; did you mean 'texts'?"),
+    ({"prompt": "How?", "text": ""}, ":1: 'text' must be text, and not empty"),
+    ({"prompt": 3, "text": "<think>"}, ":1: 'prompt' must be text"),
+    ({"prompt": "How?", "text": "So."}, ":1: 'text' must begin with <think>"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), MISTAKES)
+def test_a_row_that_is_no_text_is_named(row: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "notes.jsonl", [row])
+    with pytest.raises(UserError) as raised:
+        read_texts(Texts(path=str(path)))
+    assert message in str(raised.value)
+
+
+def test_a_file_of_nothing_else_is_a_mistake(notes: Path) -> None:
+    with pytest.raises(UserError, match=r"all questions of .* are held out; lower eval_share"):
+        read_texts(Texts(path=str(notes), eval_share=1))
+    with pytest.raises(UserError, match="has no texts"):
+        read_texts(Texts(path=str(write(notes, []))))
+
+
+def test_a_text_longer_than_the_model_is_named(tmp_path: Path) -> None:
+    row = {"prompt": "How?", "text": "<think> " + "x y " * 3000}
+    path = write(tmp_path / "notes.jsonl", [row])
+    with pytest.raises(UserError, match=r"notes\.jsonl:1: \d+ tokens, and the model has 2048 positions"):
+        pretrain.read(Texts(path=str(path), eval_share=0))
+
+
+# ---- training ----
+
+
+SHAPE = pretrain.ModelShape(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Context, "_tensorboard", lambda self, step, metrics: None)
+
+
+def test_killed_and_resumed_ends_in_the_same_bits(notes: Path, tmp_path: Path) -> None:
+    texts = Texts(path=str(notes), vocabulary=320)
+    config = pretrain.Config(steps=8, tokens_per_step=512, model=SHAPE, texts=texts, save_every=2)
+    pretrain.run(config, Context(tmp_path / "whole", 1, {}, Silent()))
+    with pytest.raises(Killed):
+        pretrain.run(config, Context(tmp_path / "killed", 1, {}, Silent(kill_at=5)))
+    pretrain.run(config, Context(tmp_path / "killed", 1, {}, Silent()))
+    for file in ("model.safetensors", "tokenizer.json"):
+        whole, killed = (tmp_path / run / "checkpoint" / file for run in ("whole", "killed"))
+        assert whole.read_bytes() == killed.read_bytes()
+
+
+def test_what_was_read_begins_as_a_prompt_does(notes: Path, tmp_path: Path) -> None:
+    """The tokens under which the model learned to answer are those that it is asked with."""
+    config = pretrain.Config(
+        steps=1, tokens_per_step=64, model=SHAPE, texts=Texts(path=str(notes), vocabulary=320)
+    )
+    pretrain.run(config, Context(tmp_path / "run", 0, {}, Silent()))
+    _, tokenizer = load(tmp_path / "run" / "checkpoint")
+    template = template_for(tokenizer, tmp_path / "run" / "checkpoint")
+    assert template.prefilled == "<think>"
+    _, draw = pretrain.read(config.texts)
+    (document, *_) = pretrain.documents(draw, 64, 0, 0)
+    text = tokenizer.decode(document.ids)
+    question = text.partition("<think>")[0].removeprefix(BOS).strip()
+    prompt = template.prompt_ids(question)
+    assert list(document.ids[: len(prompt)]) == prompt
+    assert text.endswith(f"</answer>{EOS}")
+    assert share_of(question) >= 0.2
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(
+        tmp_path / "run" / "checkpoint"
+    )
+    assert theirs(text, add_special_tokens=False)["input_ids"] == list(document.ids)
+
+
+def test_other_texts_are_another_stage(notes: Path) -> None:
+    recipe = notes.parent / "recipe.toml"
+    texts = '[stages.base.texts]\npath = "notes.jsonl"\n'
+    recipe.write_text(f'name = "x"\n[stages.base]\nkind = "pretrain"\nsteps = 1\n{texts}')
+
+    def mark() -> str:
+        loaded = load_recipe(recipe)
+        return fingerprint(loaded, loaded.stages[0], {})
+
+    before = mark()
+    assert mark() == before
+    notes.write_text(notes.read_text().replace("27", "28"))
+    assert mark() != before
