@@ -298,7 +298,7 @@ def test_another_user_has_the_same_sandbox(tmp_path_factory: pytest.TempPathFact
         (home / "liubai" / "__init__.py").touch()
         (package / "__init__.py").touch()
         shutil.copy(ROOT / "liubai" / "errors.py", home / "liubai")
-        for name in ("sandbox", "seccomp", "inside", "link", "code", "clock"):
+        for name in ("sandbox", "seccomp", "inside", "link", "code", "reach", "clock"):
             shutil.copy(ROOT / "liubai" / "grade" / f"{name}.py", package)
         script = (
             "from liubai.grade.code import code\nfrom liubai.grade.sandbox import run\n"

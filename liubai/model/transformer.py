@@ -161,6 +161,11 @@ class Transformer(nn.Module):
         tied = self.config.tie_word_embeddings
         return self.embed_tokens.weight if tied else self.lm_head.weight
 
+    @property
+    def fewest_rows(self) -> int:
+        """Rows that a decoding step should have at least: torch.compile takes one row for a case of its own."""
+        return 2 if self._decoding else 1
+
     def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The last hidden state ``[..., D]`` of ``ids [...]`` at ``positions [...]``."""
         x = embed(ids, self.embed_tokens.weight)

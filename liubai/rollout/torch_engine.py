@@ -128,7 +128,7 @@ class TorchEngine:
             return []
         slots = self._cache.slots()
         length_S = self._length[slots]
-        rows = -(-len(slots) // self._round) * self._round
+        rows = max(self.model.fewest_rows, -(-len(slots) // self._round) * self._round)
         padded = torch.cat([slots, slots[:1].expand(rows - len(slots))])
         attend = self._cache.attend(self._length)
         hidden = self.model.hidden(self._last[padded], self._length[padded], attend)
