@@ -163,7 +163,7 @@ class Transformer(nn.Module):
 
     @property
     def fewest_rows(self) -> int:
-        """Rows that a decoding step should have at least: torch.compile takes one row for a case of its own."""
+        """Rows that a decoding step should have at least: torch.compile takes one row for another shape."""
         return 2 if self._decoding else 1
 
     def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
