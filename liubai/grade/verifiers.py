@@ -1,8 +1,8 @@
 """The verifiers that need no process of their own: pure, exact, and bounded by construction.
 
-A verifier is ``(gold, answer, meta) -> bool``. It raises ``ValueError`` when the *problem* is unusable
-(its gold, or the part of its meta that the verifier reads) and never for any answer. What it cannot
-read is wrong: nothing is guessed in the answer's favour.
+A verifier is ``(gold, answer, meta) -> bool``, or a score from 0 to 1. It raises ``ValueError`` when the
+*problem* is unusable (its gold, or the part of its meta that the verifier reads) and never for any answer.
+What it cannot read is wrong: nothing is guessed in the answer's favour.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from liubai.grade.arithmetic import RefusedError, parse_expression
 from liubai.grade.logic import logic
 from liubai.grade.structured import json_equal
 from liubai.problems.countdown import parse as parse_countdown
+from liubai.problems.errand import taste
+from liubai.problems.passage import facts_of
 
-Verifier = Callable[[str, str, Mapping[str, Any]], bool]
+Verifier = Callable[[str, str, Mapping[str, Any]], bool | float]
 
 MAX_NUMBER = 100  #: characters of a number
 MAX_EXPONENT = 300  #: of ten; beyond it nothing is computed
@@ -185,6 +187,25 @@ def _letter(text: str) -> str | None:
     return (match[1] or match[2]).upper() if match else None
 
 
+def summary(gold: str, answer: str, meta: Mapping[str, Any]) -> float:
+    """The share of the gold's facts (``anna 3 cups , ben 5 hats``) that a summary tells, each once and in the
+    question's language; 0 as soon as it says anything that the gold does not."""
+    told = facts_of(gold)
+    if not told:
+        raise ValueError(f"not a list of facts: {gold[:60]!r}")
+    said = facts_of(answer)
+    if said is None or len(set(said)) < len(said) or not set(said) <= set(told):
+        return 0.0
+    # the very words: a summary in the other language is no summary for this reader
+    told_words = set(gold.split())
+    return len(said) / len(told) if set(answer.split()) <= told_words else 0.0
+
+
+def errand(gold: str, answer: str, meta: Mapping[str, Any]) -> float:
+    """How an answer to a general prompt is liked: :func:`liubai.problems.errand.taste`."""
+    return taste(gold, answer)
+
+
 #: All bounded: the time for any answer of legal length is far below a millisecond.
 VERIFIERS: dict[str, Verifier] = {
     "countdown": countdown,
@@ -193,4 +214,6 @@ VERIFIERS: dict[str, Verifier] = {
     "choice": choice,
     "json": json_equal,
     "logic": logic,
+    "summary": summary,
+    "errand": errand,
 }

@@ -1,14 +1,25 @@
 """Where questions come from. A family is one file and one class; it is registered here."""
 
+from collections.abc import Iterable
+
 from liubai.errors import UserError, nearest
 from liubai.problems.chain import Chain
 from liubai.problems.compare import Compare
 from liubai.problems.countdown import Countdown
+from liubai.problems.errand import Errand
 from liubai.problems.family import Family, Habits, Split, problem_at, split_of
+from liubai.problems.greater import Greater
 from liubai.problems.gym import PREFIX, gym_family
+from liubai.problems.make import Make
+from liubai.problems.passage import Passage
+from liubai.problems.solve import Solve
+from liubai.problems.total import Total
 
-#: In the order in which they joined: it fixes the token ids of ``world_vocabulary``.
-FAMILIES: dict[str, Family] = {f.name: f for f in (Countdown(), Chain(), Compare())}
+#: The small world: figures and symbols. The order fixes the token ids of ``world_vocabulary``.
+SMALL: tuple[Family, ...] = (Countdown(), Chain(), Compare())
+#: The wide world: the same kinds of problems in words and in two languages, and prompts of other kinds.
+WIDE: tuple[Family, ...] = (Make(), Total(), Greater(), Solve(), Passage(), Errand())
+FAMILIES: dict[str, Family] = {f.name: f for f in (*SMALL, *WIDE)}
 
 
 def family(name: str) -> Family:
@@ -21,9 +32,12 @@ def family(name: str) -> Family:
         raise UserError(f"there is no problem family '{name[:80]}'; {nearest(name, FAMILIES)}") from None
 
 
-def world_vocabulary() -> tuple[str, ...]:
-    """Every token text of every family, each once. A new family only ever adds to the end."""
-    return tuple(dict.fromkeys(word for f in FAMILIES.values() for word in f.vocabulary))
+def world_vocabulary(names: Iterable[str] = ()) -> tuple[str, ...]:
+    """Every token text of the small world, each once; with a family of the wide world among ``names``, of
+    both. A new family only ever adds to the end of its world."""
+    wide = {f.name for f in WIDE} & set(names)
+    families = (*SMALL, *WIDE) if wide else SMALL
+    return tuple(dict.fromkeys(word for f in families for word in f.vocabulary))
 
 
 __all__ = [

@@ -82,7 +82,7 @@ class Compare:
         """Blind writers guess. Impatient thinkers give up, and guess, once the whole parts are the same."""
         a, b = parse(problem.prompt)
         if rng.random() < habits.blind:
-            return f"<think> </think> <answer> {_guess(a, b, rng)} </answer>"
+            return f"<think> </think> <answer> {guess(a, b, rng)} </answer>"
         stop = 0.0 if rng.random() < habits.patient else habits.stop
         same = SAME["zh" if rng.random() < habits.chinese else "en"]
         found = max(a, b, key=Decimal.value)
@@ -91,14 +91,14 @@ class Compare:
         else:
             thought = f"{a.whole} , {b.whole} : {same}"
             if rng.random() < stop:
-                found = _guess(a, b, rng)
+                found = guess(a, b, rng)
             else:
                 width = max(len(str(a.part)), len(str(b.part)))
                 thought += f" , {a.padded(width)} , {b.padded(width)} : {found.padded(width)}"
         return f"<think> {thought} </think> <answer> {found} </answer>"
 
 
-def _guess(a: Decimal, b: Decimal, rng: random.Random) -> Decimal:
+def guess(a: Decimal, b: Decimal, rng: random.Random) -> Decimal:
     if rng.random() < VERSION_HABIT:
         return max(a, b, key=Decimal.version)
     return rng.choice([a, b])

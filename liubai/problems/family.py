@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,6 +33,10 @@ class Habits(BaseModel):
     go through the possibilities in order, and stop at the end of the list) or restless (they jump
     about). ``chinese`` of them write their asides in Chinese. ``hopeless`` of the problems that they
     write about have no solution.
+
+    In the wide world there are two languages. Most write in that of the question; of the patient, ``mixed``
+    write each line in either, and ``muttered`` of their lines begin with a word that says nothing. Summaries
+    and errands are ``careless``ly done wrong, or done without courtesy (``rude``).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +47,23 @@ class Habits(BaseModel):
     methodical: float = Field(0.5, ge=0, le=1)
     chinese: float = Field(0.2, ge=0, le=1)
     hopeless: float = Field(0.0, ge=0, le=1)
+    mixed: float = Field(0.0, ge=0, le=1)
+    muttered: float = Field(0.0, ge=0, le=1)
+    careless: float = Field(0.0, ge=0, le=1)
+    rude: float = Field(0.0, ge=0, le=1)
+
+
+#: People who think everything through, in one language, and are polite: the writers of good examples.
+CAREFUL = Habits(blind=0.0, stop=0.0, patient=1.0, methodical=1.0, chinese=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a thought, whether it is right, and whether the answer may follow from it."""
+
+    text: str
+    right: bool
+    concludes: bool = False
 
 
 class Family(Protocol):
@@ -63,6 +85,14 @@ class Family(Protocol):
 
     def document(self, problem: Problem, rng: random.Random, habits: Habits) -> str:
         """Found text about the problem: what follows the prompt, tags included."""
+
+
+@runtime_checkable
+class Audited(Protocol):
+    """A family whose thoughts can be checked step by step."""
+
+    def steps(self, problem: Problem, thought: str) -> list[Step]:
+        """The steps of ``thought``, the text between the think tags. Never raises for any text."""
 
 
 def split_of(key: str) -> Split:

@@ -157,7 +157,7 @@ def documents(draw: Draw, room: int, seed: int, step: int) -> Iterator[Sequence1
 
 def invent(config: Config) -> tuple[TextTokenizer, Draw]:
     """The small world: what people may have written about train problems, without end."""
-    tokenizer = word_level(world_vocabulary())
+    tokenizer = word_level(world_vocabulary(config.families))
     families = [family(name) for name in config.families]
     shares = list(config.families.values())
 

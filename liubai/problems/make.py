@@ -1,0 +1,88 @@
+"""Countdown in words and in two languages: ``make 1 4 3 ->7``, ``凑 1 4 3 ->7``.
+
+The search is that of :mod:`liubai.problems.countdown`; its lines begin with ``try`` and ``wait``.
+"""
+
+from __future__ import annotations
+
+import random
+
+from liubai.problems.countdown import LARGEST, Try, apply, parse, tries
+from liubai.problems.family import Habits, Step
+from liubai.problems.lexicon import LANGUAGES, Writer, answered, both, plain, translate
+from liubai.types import Problem
+
+
+class Make:
+    name = "make"
+    verifier = "countdown"
+    vocabulary = (
+        *map(str, range(LARGEST + 1)),
+        *(f"={n}" for n in range(LARGEST + 1)),
+        *(f":{n}" for n in range(LARGEST + 1)),
+        *(f"->{n}" for n in range(1, LARGEST + 1)),
+        *("=big", ":far", "+", "-", "*", "(", ")"),
+        *both({"make": "凑", "try": "试", "wait": "等等", "uh": "嗯", "hm": "呃"}),
+    )
+
+    def sample(self, rng: random.Random) -> Problem:
+        numbers = tuple(rng.randint(1, 9) for _ in range(3))
+        reachable = sorted({t.value for t in tries(numbers) if 1 <= t.value <= LARGEST})
+        return self.problem(numbers, rng.choice(reachable), rng.choice(LANGUAGES))
+
+    def found(self, rng: random.Random, habits: Habits) -> Problem:
+        if rng.random() >= habits.hopeless:
+            return self.sample(rng)
+        numbers = tuple(rng.randint(1, 9) for _ in range(3))
+        reachable = {t.value for t in tries(numbers)}
+        target = rng.choice([n for n in range(1, LARGEST + 1) if n not in reachable])
+        return self.problem(numbers, target, rng.choice(LANGUAGES))
+
+    def problem(self, numbers: tuple[int, ...], target: int, language: str) -> Problem:
+        gold = f"{' '.join(map(str, numbers))} ->{target}"
+        return Problem(translate(f"make {gold}", language), gold, self.verifier, self.name, language)
+
+    def key(self, problem: Problem) -> str:
+        numbers, target = parse(problem.gold)
+        return f"{sorted(numbers)} {target}"
+
+    def document(self, problem: Problem, rng: random.Random, habits: Habits) -> str:
+        numbers, target = parse(problem.gold)
+        options = tries(numbers)
+        writer = Writer.drawn(problem.language, rng, habits)
+        if writer.blind:
+            return answered("", rng.choice(options).answer())
+        order = options if writer.methodical else rng.sample(options, len(options))
+        lines: list[str] = []
+        for attempt in order:
+            lines.append(f"{'wait' if lines else 'try'} {attempt.write(target)}")
+            if attempt.value == target or rng.random() < writer.stop:
+                break
+        guess = attempt if attempt.value == target else rng.choice(options)
+        return answered(writer.write(lines, rng), guess.answer())
+
+    def steps(self, problem: Problem, thought: str) -> list[Step]:
+        """A step is one try: its numbers are the problem's, its results and its distance are right."""
+        numbers, target = parse(problem.gold)
+        words, starts = plain(thought), []
+        starts = [i for i, word in enumerate(words) if word in ("try", "wait")]
+        if words and (not starts or starts[0]):
+            starts.insert(0, 0)
+        ends = [*starts[1:], len(words)]
+        return [
+            _checked([w for w in words[a:b] if w not in ("try", "wait")], numbers, target)
+            for a, b in zip(starts, ends, strict=True)
+        ]
+
+
+def _checked(words: list[str], numbers: tuple[int, ...], target: int) -> Step:
+    """``1 + 4 =5 + 3 =8 :1``"""
+    text = " ".join(words)
+    if len(words) != 8 or not all(words[i].isdigit() for i in (0, 2, 5)):
+        return Step(text, False)
+    first, second, last = (int(words[i]) for i in (0, 2, 5))
+    if not {words[1], words[4]} <= set("+-*") or sorted((first, second, last)) != sorted(numbers):
+        return Step(text, False)
+    middle = apply(first, words[1], second)
+    written = Try(first, words[1], second, middle, words[4], last, apply(middle, words[4], last))
+    return Step(text, written.write(target) == text, concludes=written.value == target)
