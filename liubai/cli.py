@@ -77,6 +77,18 @@ def zero(overrides: Set = None, out: Out = None, live: Live = True) -> None:
     _run(_shipped("zero.toml"), overrides or [], out, live)
 
 
+@app.command(epilog="Example: liubai r1 --set seed=1 --out runs/r1-1")
+def r1(overrides: Set = None, out: Out = None, live: Live = True) -> None:
+    """DeepSeek-R1's four stages on a base of its own: run recipes/r1.toml."""
+    _run(_shipped("r1.toml"), overrides or [], out, live)
+
+
+@app.command(epilog="Example: liubai distill --out runs/distill")
+def distill(overrides: Set = None, out: Out = None, live: Live = True) -> None:
+    """A small student learns from a teacher, beside RL on the student alone: run recipes/distill.toml."""
+    _run(_shipped("distill.toml"), overrides or [], out, live)
+
+
 def _shipped(name: str) -> Path:
     path = Path(__file__).resolve().parent.parent / "recipes" / name
     if not path.exists():

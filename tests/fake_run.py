@@ -1,7 +1,7 @@
 """A made-up run folder for the tests of the report. Its numbers are drawn from formulas: no model
 wrote them, and they say nothing about what training does.
 
-By hand, to look at a page:  python tests/fake_run.py FOLDER [--controls]
+By hand, to look at a page:  python tests/fake_run.py FOLDER [--controls | --pipeline]
 """
 
 from __future__ import annotations
@@ -210,9 +210,141 @@ def write_eval(folder: Path, label: str, growth: float, rng: random.Random) -> N
     )
 
 
+# --- a pipeline of many stages, told over several families ----------------------------------------
+
+#: (stage, kind, from …): what a recipe with every kind of stage looks like. Evaluations come in between.
+PIPELINE = (
+    ("base", "pretrain", ""),
+    ("eval-base", "eval", "base"),
+    ("zero", "rl", "base"),
+    ("eval-zero", "eval", "zero"),
+    ("cold", "sample", "zero"),
+    ("dev1", "sft", "cold base"),
+    ("eval-dev1", "eval", "dev1"),
+    ("dev2", "rl", "dev1"),
+    ("eval-dev2", "eval", "dev2"),
+    ("chosen", "sample", "dev2"),
+    ("dev3", "sft", "base chosen"),
+    ("eval-dev3", "eval", "dev3"),
+    ("liking", "reward_model", "dev3"),
+    ("steps", "process", "dev3"),
+    ("taste", "dpo", "dev3"),
+    ("r1", "ppo", "liking steps dev3"),
+    ("eval-r1", "eval", "eval-dev3 r1"),
+    ("small", "distill", "base"),
+)
+
+#: label -> (pass@1 of make, sum, solve; score of errand), (format, language, readable, unsound), tokens
+CHECKPOINTS: dict[str, tuple[tuple[float | None, ...], tuple[float | None, ...], float]] = {
+    "Base": ((0.124, 0.31, 0.052, 0.22), (0.871, 0.902, 0.77, None), 31.4),
+    "Zero": ((0.779, 0.841, 0.655, 0.203), (0.962, 0.612, 0.41, 0.184), 118.2),
+    "Dev1": ((0.59, 0.722, 0.481, 0.704), (0.981, 0.957, 0.93, 0.091), 64.0),
+    "Dev2": ((0.74, 0.85, 0.672, 0.715), (0.99, 0.981, None, 0.042), 97.5),
+    "Dev3": ((0.781, 0.85, 0.698, 0.803), (0.993, 0.984, 0.97, 0.035), 88.8),
+    "R1": ((0.798, 0.877, None, 0.921), (0.994, 0.991, 0.97, 0.03), 90.1),
+}
+FAMILIES = ("make", "sum", "solve", "errand")
+
+
+def write_fake_pipeline(path: Path, steps: int = 40) -> Path:
+    """A finished run of all kinds of stages with six checkpoints over four families."""
+    rng = random.Random(11)
+    recipe = 'name = "fake-pipeline"\nseed = 11\n'
+    path.mkdir(parents=True, exist_ok=True)
+    labels = iter(CHECKPOINTS)
+    for i, (name, kind, parents) in enumerate(PIPELINE):
+        recipe += f'\n[stages.{name}]\nkind = "{kind}"\n' + (f"from = {parents.split()}\n" if parents else "")
+        folder = stage(path, i, name, 60.0 + i)
+        if kind == "pretrain":
+            lines(folder / "metrics.jsonl", pretrain_rows(rng))
+        elif kind == "eval":
+            label = next(labels)
+            (folder / "eval.json").write_text(json.dumps(pipeline_eval(label)), encoding="utf-8")
+        elif kind == "sample":
+            dropped = (
+                {"wrong": 611, "mixed language": 240} if name == "cold" else {"wrong": 95, "duplicate": 7}
+            )
+            asked = 2048 if name == "cold" else 400
+            kept = {"asked": asked, "kept": asked - sum(dropped.values()), "dropped": dropped}
+            (folder / "sample.json").write_text(json.dumps(kept), encoding="utf-8")
+        elif kind in ("rl", "ppo"):
+            rows = rl_rows(steps, steps / 3, rng)
+            for row in rows:
+                row |= rewarded(row["step"] / steps, later=name != "zero", liked=name == "r1")
+            lines(folder / "metrics.jsonl", rows)
+            lines(folder / "samples.jsonl", samples(steps, steps / 3, rng))
+        else:
+            lines(folder / "metrics.jsonl", taught_rows(kind, steps, rng))
+    (path / "recipe.toml").write_text(recipe, encoding="utf-8")
+    return path
+
+
+def pipeline_eval(label: str) -> dict[str, Any]:
+    """An evaluation over :data:`FAMILIES`; the last one is graded in degrees and has no pass@1."""
+    shares, form, tokens = CHECKPOINTS[label]
+    names = ("format", "language", "readable", "unsound")
+    families: dict[str, dict[str, Any]] = {
+        name: {
+            ("score" if name == "errand" else "pass@1"): share,
+            "stderr": 0.021,
+            "mean_tokens": tokens,
+            **dict(zip(names, form, strict=True)),
+            "n_problems": 50,
+        }
+        for name, share in zip(FAMILIES, shares, strict=True)
+    }
+    known = [share for share in shares[:3] if share is not None]
+    overall = sum(known) / len(known)
+    result = {
+        "label": label,
+        "problems": dict.fromkeys(FAMILIES, 1.0),
+        "n_problems": 200,
+        "samples": 4,
+        "pass@1": overall,
+        "pass@4": min(1.0, overall * 1.2),
+        "cons@4": overall * 1.1,
+        "pass@k": {"1": overall, "2": overall * 1.1, "4": min(1.0, overall * 1.2)},
+        "mean_tokens": tokens,
+        "reflections": tokens / 40,
+        "truncated": 0.01,
+        "stderr": 0.011,
+        "score": overall,
+        **dict(zip(names, form, strict=True)),
+        "families": families,
+    }
+    return result | ({"win_rate": 0.71, "against": "Dev3"} if label == "R1" else {})
+
+
+def rewarded(done: float, *, later: bool, liked: bool) -> dict[str, float]:
+    """What reinforcement learning logs besides when language, steps and preferences are judged."""
+    row = {"language": 0.9 - (0.0 if later else 0.3 * done), "unsound": 0.15 - 0.1 * done}
+    if later:
+        row |= {"readable": 0.9 + 0.07 * done, "reward/language": 0.9, "reward/process": 0.4 + 0.1 * done}
+    if liked:
+        row |= {"reward/preference": 0.2 * done, "preference/score": 3 * done - 1, "win": 0.5 + 0.2 * done}
+    return row
+
+
+def taught_rows(kind: str, steps: int, rng: random.Random) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for s in range(1, steps + 1):
+        done = s / steps
+        row = {"step": s, "time": 0.5 * s, "loss": 0.3 + 0.4 * math.exp(-5 * done) + rng.gauss(0, 0.01)}
+        row |= {"lr": 3e-4 * (1 - 0.9 * done), "tokens/s": 9000 + rng.gauss(0, 200)}
+        if kind in ("reward_model", "dpo", "process"):
+            row["accuracy"] = 0.5 + 0.4 * done
+        if kind in ("reward_model", "dpo"):
+            row["margin"] = 2.1 * done
+        rows.append(row)
+    return rows
+
+
 if __name__ == "__main__":
     from liubai.report import headline, save_figure, write_report
 
-    made = write_fake_run(Path(sys.argv[1]), controls="--controls" in sys.argv)
+    if "--pipeline" in sys.argv:
+        made = write_fake_pipeline(Path(sys.argv[1]))
+    else:
+        made = write_fake_run(Path(sys.argv[1]), controls="--controls" in sys.argv)
     print(headline(made))
     print(write_report(made), save_figure(made, made / "figure.png"))

@@ -68,7 +68,7 @@ def trained_logprobs(model: Transformer, samples: Sequence[Sample], temperature:
         temperature=temperature, tokens_per_microbatch=1024,
     )  # fmt: skip
     found: dict[float, Tensor] = {}
-    pairs = [(s, float(i)) for i, s in enumerate(samples)]
+    pairs = [(s, [float(i)] * len(s.completion_ids)) for i, s in enumerate(samples)]
     for lot in lots(sequences(pairs, config, 0), config, EOS):
         with torch.no_grad():
             read = list(read_lot(model, lot, config))

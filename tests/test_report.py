@@ -16,9 +16,10 @@ from html_page import Page
 from liubai.errors import UserError
 from liubai.report import headline, save_figure, write_report
 from liubai.report.answers import chosen_steps
+from liubai.report.charts import stage_style, style
 from liubai.report.read import Curve, read_run
-from liubai.report.story import smooth, take_off
-from liubai.report.svg import Chart, Line, nice_ticks, thin, tick_text
+from liubai.report.story import smooth, take_off, wide
+from liubai.report.svg import Chart, Line, nice_ticks, shortened, thin, tick_text
 
 SECTIONS = (
     *("headline", "curves", "pass", "samples", "exploration", "reward", "update", "speed", "pretrain", "run"),
@@ -364,3 +365,30 @@ def test_checkpoints_shown_side_by_side() -> None:
     steps = list(range(0, 65, 8))
     assert chosen_steps(steps, 20) == [0, 24, 40, 64]
     assert len(chosen_steps(steps, None)) == 4
+
+
+def test_names_under_a_chart_fit() -> None:
+    names = [*(f"after-reinforcement-{i}" for i in range(6)), "R1", "强化学习之后三"]
+    short = shortened(names)
+    assert all(wide(name) <= 338 / len(names) / 8 for name in short)
+    assert short[6:] == ["R1", "…三"]
+    assert [name[-1] for name in short[:6]] == list("012345")  # still told apart
+    assert len(set(short)) == len(short)
+    assert shortened(["Base model", "Zero", "Dev1 (cold start)", "Dev2 (RL)"]) == (
+        ["Base mod…", "Zero", "Dev1 (co…", "Dev2 (RL)"]
+    )
+    assert shortened(["Base", "Zero", "Dev1"]) == ["Base", "Zero", "Dev1"]
+    assert shortened([]) == []
+
+
+def test_a_dozen_lines_differ() -> None:
+    for of in (style, stage_style):
+        assert len({of(place) for place in range(12)}) == 12
+        assert all(0 <= ink < 6 and 0 <= dash < 4 for ink, dash in map(of, range(40)))
+    assert [style(place) for place in range(6)] == [(0, 0), (1, 0), (2, 0), (3, 1), (4, 2), (5, 3)]
+
+
+def test_small_ticks_are_exact() -> None:
+    ticks = [0, 0.00025, 0.0005, 0.00075]  # of a learning rate
+    assert [tick_text(t, ticks) for t in ticks] == ["0", "2.5e−4", "5.0e−4", "7.5e−4"]
+    assert [tick_text(t, [0, 1e-4, 2e-4]) for t in (1e-4, 2e-4)] == ["1e−4", "2e−4"]

@@ -160,7 +160,7 @@ def test_a_long_prefix_bounds_the_rows_of_a_micro_batch() -> None:
 def test_padding_and_packing_do_not_change_logprobs() -> None:
     model = tiny_model(1)
     samples = [s for g in some_groups() for s in g.samples]
-    pairs = [(s, float(i)) for i, s in enumerate(samples)]
+    pairs = [(s, [float(i)] * len(s.completion_ids)) for i, s in enumerate(samples)]
     listed = sequences(pairs, settings_of(), version=0)
     ways = {
         "packed": [pack(listed, 200, EOS)],
@@ -189,7 +189,11 @@ def test_reading_a_prompt_once_does_not_change_logprobs(share_from: int, shared:
     samples = [s for g in some_groups() for s in g.samples]
     samples.append(random_sample(torch.Generator().manual_seed(4), prompt=1, completion=12))
     config = settings_of(tokens_per_microbatch=100, share_from=share_from)
-    cut = lots(sequences([(s, float(i)) for i, s in enumerate(samples)], config, 0), config, EOS)
+    cut = lots(
+        sequences([(s, [float(i)] * len(s.completion_ids)) for i, s in enumerate(samples)], config, 0),
+        config,
+        EOS,
+    )
     assert sum(bool(lot.prompt) for lot in cut) == shared
     seen = []
     for lot in cut:
@@ -211,7 +215,9 @@ def test_pad_equals_eos_keeps_the_real_eos_in_the_loss() -> None:
         Sample((5, EOS, 6), (EOS,), (-4.0,), Stop.EOS, (Span(0, 1),)),
         Sample((5,), (9, 9, 9, 9, 9), (-5.0,) * 5, Stop.LENGTH, (Span(0, 5),)),
     ]
-    listed = sequences([(s, 1.0 + i) for i, s in enumerate(ended)], settings_of(), version=0)
+    listed = sequences(
+        [(s, [1.0 + i] * len(s.completion_ids)) for i, s in enumerate(ended)], settings_of(), version=0
+    )
     padded = [pack([s], 32, EOS) for s in listed]
     for batches in ([pack(listed, 32, EOS)], padded, micro_batches(listed, EOS, 8)):
         targets = torch.cat([b.targets_BT[b.mask_BT] for b in batches]).tolist()

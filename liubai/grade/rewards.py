@@ -1,7 +1,8 @@
 """From a verdict to a reward: named parts, whose sum is the total.
 
 A part is what it adds to the total, weight included. ``error`` is there only for answers that could
-not be judged, so they can be counted; they earn nothing and cost nothing.
+not be judged, so they can be counted; they earn nothing and cost nothing. R1's total is such a sum, of
+rules, language and, late, preference (arXiv 2501.12948v2); which of them a stage has, its weights say.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ class RewardWeights(BaseModel):
     format: float = Field(default=0.5, description="added for one thought and one answer, in their tags")
     overlong: float = Field(default=0.0, le=0, description="added at the token cap, e.g. -0.5")
     overlong_from: float = Field(default=0.8, ge=0, lt=1, description="share of the cap where that begins")
+    language: float = Field(
+        default=0.0, description="times the share of the thought's words in the question's language"
+    )
+    preference: float = Field(default=0.0, description="times what the reward model says of the answer")
+    process: float = Field(default=0.0, description="times the share of the thought's steps that are right")
 
 
 def reward(
@@ -40,16 +46,29 @@ def reward(
     cap: int,
     truncated: bool,
     weights: RewardWeights,
+    language: float = 0.0,
+    preference: float = 0.0,
+    process: float = 0.0,
 ) -> Reward:
-    """The reward of one answer of ``tokens`` tokens under a budget of ``cap``.
+    """The reward of one answer of ``tokens`` tokens under a budget of ``cap``. ``language``, ``preference``
+    and ``process`` are what was found, before any weight.
 
-    A truncated answer has no usable answer and no format, whatever its text happens to look like.
-    Parts are always ``correct``, ``wrong``, ``no_answer``, ``format``, ``overlong``; ``error`` is added,
-    with all parts 0, when the verdict is an error. Raises ``ValueError`` for a cap below 1.
+    A truncated answer has no usable answer and no format, whatever its text happens to look like, and its
+    language and steps earn nothing. Language needs the format, too: where the thought ends is not known
+    without. The reward model's word always counts, or an answer could flee from a bad one by not ending.
+    Parts are always ``correct``, ``wrong``, ``no_answer``, ``format``, ``overlong``, and of ``language``,
+    ``preference``, ``process`` those that have a weight; ``error`` is added, with all parts 0, when the
+    verdict is an error. Raises ``ValueError`` for a cap below 1.
     """
     if cap < 1:
         raise ValueError("the token cap is at least 1")
-    parts = dict.fromkeys(("correct", "wrong", "no_answer", "format", "overlong"), 0.0)
+    found = {
+        "language": language if formatted and not truncated else 0.0,
+        "preference": preference,
+        "process": process if not truncated else 0.0,
+    }
+    weighed = {name: weight for name in found if (weight := getattr(weights, name))}
+    parts = dict.fromkeys(("correct", "wrong", "no_answer", "format", "overlong", *weighed), 0.0)
     if verdict.error is not None:
         return Reward({**parts, "error": 0.0}, 0.0)
     if truncated or verdict.answer is None:
@@ -61,6 +80,8 @@ def reward(
     if formatted and not truncated:
         parts["format"] = weights.format
     parts["overlong"] = weights.overlong * overlong_share(tokens, cap, weights.overlong_from)
+    for name, weight in weighed.items():
+        parts[name] = weight * found[name]
     # "+ 0.0": a weight times nothing may be -0.0, which reads badly in a log
     parts = {name: value + 0.0 for name, value in parts.items()}
     return Reward(parts, sum(parts.values()))

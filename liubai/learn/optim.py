@@ -33,7 +33,7 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Muon is for the matrices between hidden states, not for embeddings, the head or vectors."""
-    return parameter.ndim == 2 and not name.startswith(("embed_tokens", "lm_head"))
+    return parameter.ndim == 2 and not name.startswith(("embed_tokens", "lm_head", "score"))
 
 
 class Optimizer:
@@ -78,6 +78,11 @@ class Optimizer:
             if p.dtype in (torch.bfloat16, torch.float16):
                 self.state[f"{name}/master"] = p.detach().float()
                 p.register_post_accumulate_grad_hook(self._widen(name))  # type: ignore[no-untyped-call]
+
+    @property
+    def rates(self) -> str:
+        """The learning rates by name, for messages."""
+        return "lr" if self.muon_lr is None else "lr or muon_lr"
 
     def _by_muon(self, name: str, p: Tensor) -> bool:
         return self.muon_lr is not None and is_hidden_matrix(name, p)

@@ -140,6 +140,12 @@ def _flat(parts: Iterable[Sequence[float]], dtype: torch.dtype) -> Tensor:
     return torch.tensor([x for part in parts for x in part], dtype=dtype)
 
 
+def stacked(sequences: Sequence[Sequence1], pad_id: int) -> Batch:
+    """One sequence a row, in their order."""
+    width = max(len(s.ids) for s in sequences)
+    return _lay_out(sequences, [[i] for i in range(len(sequences))], width, pad_id)
+
+
 def micro_batches(sequences: Sequence[Sequence1], pad_id: int, tokens: int) -> list[Batch]:
     """Sequences of similar length share a micro-batch of at most ``tokens`` tokens (or one sequence
     that is longer), a row each. What they continue counts a quarter: it is only attended to.
@@ -154,4 +160,4 @@ def micro_batches(sequences: Sequence[Sequence1], pad_id: int, tokens: int) -> l
         if not rows or rows * width > tokens or rows * (s.start + width) > 4 * tokens:
             lots.append([])
         lots[-1].append(s)
-    return [_lay_out(lot, [[i] for i in range(len(lot))], len(lot[0].ids), pad_id) for lot in lots]
+    return [stacked(lot, pad_id) for lot in lots]

@@ -26,6 +26,8 @@ from liubai.model.transformer import Transformer
 from liubai.types import Group, Sample
 
 T = TypeVar("T")
+#: an answer and the advantage of each of its tokens
+Judged = tuple[Sample, Sequence[float]]
 CPU = torch.device("cpu")
 
 
@@ -88,14 +90,36 @@ def update(
     advantages_PG = advantages(
         _filled(rewards_PG[kept_P]), config.advantage, lengths_PG.masked_fill(errors_PG, 0)
     ).masked_fill(errors_PG, 0)
-    pairs_PG = [
-        list(zip(group.samples, row, strict=True))
-        for group, row in zip(kept, advantages_PG.tolist(), strict=True)
+    judged = [
+        [
+            (sample, [advantage] * len(sample.completion_ids))
+            for sample, advantage in zip(g.samples, row, strict=True)
+        ]
+        for g, row in zip(kept, advantages_PG.tolist(), strict=True)
     ]
+    return metrics | improve(
+        model, optimizer, judged, config, version=version, pad_id=pad_id, lr_scale=lr_scale, readers=readers
+    )
+
+
+def improve(
+    model: Transformer,
+    optimizer: Optimizer,
+    judged: Sequence[Sequence[Judged]],
+    config: UpdateConfig,
+    *,
+    version: int,
+    pad_id: int,
+    lr_scale: float = 1.0,
+    readers: Replicas | None = None,
+) -> dict[str, float]:
+    """The optimizer steps on groups of answers whose tokens have their advantages; returns what to log.
+    ``readers`` are the KL's reference."""
     minibatches = [
         lots(sequences([pair for group in part for pair in group], config, version), config, pad_id)
-        for part in _split(pairs_PG, config.minibatches)
+        for part in _split(judged, config.minibatches)
     ]
+    metrics: dict[str, float] = {}
     replicas = Replicas(model)
     halvings = 0
 
@@ -173,8 +197,8 @@ def _split(items: Sequence[T], parts: int) -> list[Sequence[T]]:
     return [items[a:b] for a, b in pairwise(edges)]
 
 
-def sequences(pairs: Sequence[tuple[Sample, float]], config: UpdateConfig, version: int) -> list[Sequence1]:
-    """Samples with their advantages as packable sequences; only completion tokens are learned."""
+def sequences(pairs: Sequence[Judged], config: UpdateConfig, version: int) -> list[Sequence1]:
+    """Samples with their tokens' advantages as packable sequences; only completion tokens are learned."""
     lengths = [len(s.completion_ids) for s, _ in pairs]
     weights = token_weights(lengths, config.loss.aggregation, config.max_tokens)
     packed = []
@@ -187,7 +211,7 @@ def sequences(pairs: Sequence[tuple[Sample, float]], config: UpdateConfig, versi
                 learn=[False] * len(s.prompt_ids) + [True] * n,
                 values={
                     "logprobs": blank + list(s.logprobs),
-                    "advantages": blank + [advantage] * n,
+                    "advantages": blank + list(advantage),
                     "weights": blank + [weight] * n,
                     "fresh": blank + fresh,
                 },

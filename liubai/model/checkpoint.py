@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from liubai.errors import UserError
 from liubai.files import atomic_folder
-from liubai.model.config import ModelConfig
+from liubai.model.config import ARCHITECTURES, SCORERS, ModelConfig
 from liubai.model.hub import find_folder
 from liubai.model.transformer import Transformer
 from liubai.text.tokenizer import TextTokenizer
@@ -30,10 +30,12 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Weights of more bytes than this are written as shards.
 SHARD = 5 << 30
 
+Model = TypeVar("Model", bound=Transformer)
+
 
 def to_hf_name(name: str) -> str:
     """``layers.0.mlp.up_proj.weight`` -> ``model.layers.0.mlp.up_proj.weight``."""
-    return name if name.startswith("lm_head") else f"model.{name}"
+    return name if name.startswith(("lm_head.", "score.")) else f"model.{name}"
 
 
 # ---- writing ----
@@ -49,18 +51,30 @@ def save_checkpoint(
     """Write a complete checkpoint in ``model.config.dtype``, atomically: the folder appears whole or not at
     all. ``weights`` are the model's, unless others of the same names are given (merged adapters); each is
     asked for once, a shard's at a time. A base model may have no ``template``."""
-    c = model.config
+    described = model.config.to_hf()
+    special = {name: described[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    about = {"config.json": described, "generation_config.json": special}
+    save_described(folder, model, tokenizer, template, about, weights)
+
+
+def save_described(
+    folder: Path,
+    model: Transformer,
+    tokenizer: TextTokenizer,
+    template: str | None,
+    about: Mapping[str, object],
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """:func:`save_checkpoint` for a model of any kind: ``about`` holds the JSON files that say of which."""
     state = model.state_dict()
     with atomic_folder(folder) as new:
-        _save_tensors(new, state, state if weights is None else weights, getattr(torch, c.dtype))
+        _save_tensors(new, state, state if weights is None else weights, getattr(torch, model.config.dtype))
         tokenizer.save(new / "tokenizer.json")
         if template is not None:
             (new / "chat_template.jinja").write_text(template, encoding="utf-8")
-        described = c.to_hf()
-        special = {name: described[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(new / "config.json", described)
-        _write_json(new / "generation_config.json", special)
-        _write_json(new / "tokenizer_config.json", _tokenizer_config(tokenizer, c))
+        for name, value in about.items():
+            _write_json(new / name, value)
+        _write_json(new / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config))
 
 
 def _save_tensors(
@@ -114,24 +128,46 @@ def load(
     with the name of what is wrong.
     """
     folder = find_folder(path)
-    config = read_config(folder)
+    return load_as(Transformer, folder, read_config(folder), dtype, device)
+
+
+def load_as(
+    kind: Callable[[ModelConfig], Model],
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype | Literal["auto"],
+    device: str | torch.device,
+) -> tuple[Model, TextTokenizer]:
+    """:func:`load` for a model of any ``kind``."""
     with torch.device("meta"):  # shapes alone; the weights come straight from the file
-        model = Transformer(config)
+        model = kind(config)
     wanted = getattr(torch, config.dtype) if dtype == "auto" else dtype
     model.load_state_dict(read_weights(folder, model, wanted, torch.device(device)), assign=True)
     return model.eval(), load_tokenizer(folder, config)
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """config.json; more tokens that end an answer may stand in generation_config.json."""
+def read_config(folder: Path, *, scorer: bool = False) -> ModelConfig:
+    """config.json of a language model or a ``scorer``, whichever is wanted: the other is refused. More tokens
+    that end an answer may stand in generation_config.json."""
     raw = _read_json(folder / "config.json")
+    name = (raw.get("architectures") or [None])[0]
+    if scorer and name in ARCHITECTURES:
+        raise UserError(
+            f"'{folder}' is a language model ({name}), not a model that scores texts; train a reward or "
+            "process model from it first and name that one here"
+        )
+    if not scorer and name in SCORERS:
+        raise UserError(
+            f"'{folder}' is a model that scores texts ({name}), not a language model; name it where a reward "
+            f"or process model is wanted, and a {SCORERS[name]} here"
+        )
     generation = folder / "generation_config.json"
     if generation.exists():
         more = _ids(_read_json(generation).get("eos_token_id"))
         raw["eos_token_id"] = list(dict.fromkeys([*_ids(raw.get("eos_token_id")), *more])) or None
         if raw["eos_token_id"] and len(raw["eos_token_id"]) == 1:
             raw["eos_token_id"] = raw["eos_token_id"][0]
-    return ModelConfig.from_hf(raw)
+    return ModelConfig.from_hf(raw, scorer=scorer)
 
 
 def _ids(value: object) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,8 @@ ARCHITECTURES: dict[str, tuple[str, bool, bool]] = {
     "Qwen2ForCausalLM": ("qwen2", False, True),
     "Qwen3ForCausalLM": ("qwen3", True, False),
 }
+#: what gives a text one number (:mod:`liubai.model.scorer`) -> the language model of the same trunk
+SCORERS = {name.replace("ForCausalLM", "ForSequenceClassification"): name for name in ARCHITECTURES}
 #: in config.json's words; others are refused, never rounded to
 Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
@@ -71,18 +74,27 @@ class ModelConfig:
     def qkv_bias(self) -> bool:
         return ARCHITECTURES[self.architecture][2]
 
-    def to_hf(self) -> dict[str, Any]:
-        """config.json, as transformers writes it."""
+    def to_hf(self, *, scorer: bool = False) -> dict[str, Any]:
+        """config.json, as transformers writes it: of the language model or the ``scorer`` of this trunk."""
         fields = asdict(self)
         architecture = fields.pop("architecture")
         theta, stretch, dtype = fields.pop("rope_theta"), fields.pop("rope_scaling"), fields.pop("dtype")
         if isinstance(self.eos_token_id, tuple):
             fields["eos_token_id"] = list(self.eos_token_id)
         scaling = {"rope_type": "llama3", **stretch} if stretch else None
+        name, labels = architecture, dict[str, Any]()
+        if scorer:
+            name = next(scoring for scoring, lm in SCORERS.items() if lm == architecture)
+            labels = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}}
+            ends = self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+            if self.pad_token_id in ends:
+                # for transformers a text ends before its padding: there an end token must not be any
+                fields["pad_token_id"] = None
         return {
-            "architectures": [architecture],
+            "architectures": [name],
             "model_type": ARCHITECTURES[architecture][0],
             **fields,
+            **labels,
             "attention_bias": False,
             "attention_dropout": 0.0,
             "hidden_act": "silu",
@@ -96,19 +108,23 @@ class ModelConfig:
         }
 
     @classmethod
-    def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
-        """Read config.json of transformers (either generation of the rope and dtype keys).
+    def from_hf(cls, raw: dict[str, Any], *, scorer: bool = False) -> ModelConfig:
+        """Read config.json of transformers (either generation of the rope and dtype keys), a language model's
+        or a ``scorer``'s.
 
         Raises ``UserError`` for what this class does not cover: it is better to refuse than to
         compute something else.
         """
         names = raw.get("architectures") or ["none named"]
+        known = SCORERS if scorer else {name: name for name in ARCHITECTURES}
         if raw.get("auto_map"):
             raise _unsupported(
-                f"'{names[0]}' brings model code of its own (auto_map), which is never run; it"
+                f"'{names[0]}' brings model code of its own (auto_map), which is never run; it", known
             )
-        if names[0] not in ARCHITECTURES:
-            raise _unsupported(f"architecture '{names[0]}'")
+        if names[0] not in known:
+            raise _unsupported(f"architecture '{names[0]}'", known)
+        if scorer and (labels := _labels(raw)) != 1:
+            raise UserError(f"config.json has {labels} labels (num_labels), which is not supported; 1 is")
         if raw.get("hidden_act", "silu") != "silu":
             raise UserError(f"hidden_act '{raw['hidden_act']}' is not supported (only silu is)")
         for key in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
@@ -124,7 +140,7 @@ class ModelConfig:
         hidden = _whole(raw, "hidden_size")
         eos = raw.get("eos_token_id")
         return cls(
-            architecture=names[0],
+            architecture=known[names[0]],
             vocab_size=_whole(raw, "vocab_size"),
             hidden_size=hidden,
             intermediate_size=_whole(raw, "intermediate_size"),
@@ -144,8 +160,14 @@ class ModelConfig:
         )
 
 
-def _unsupported(what: str) -> UserError:
-    return UserError(f"{what} is not supported; supported: " + ", ".join(ARCHITECTURES))
+def _unsupported(what: str, known: Iterable[str] = ARCHITECTURES) -> UserError:
+    return UserError(f"{what} is not supported; supported: " + ", ".join(known))
+
+
+def _labels(raw: dict[str, Any]) -> object:
+    """How many numbers a classifier gives; transformers does not write down its default."""
+    names = raw.get("id2label")
+    return len(names) if isinstance(names, dict) else raw.get("num_labels", 2)
 
 
 def _scaling(rope: dict[str, Any]) -> Llama3Rope | None:

@@ -78,11 +78,10 @@ class Errand:
 
 def errand_of(gold: str) -> list[str]:
     """What is asked, in English and without the words around it. Raises ``ValueError`` when it is nothing."""
-    please, *words = [*translate(gold, "en").split(), "", ""]
-    words = words[:-2]
-    if please != "please" or len(words) < 2 or words[0] not in ("say", "name", "greet", "make"):
+    words = translate(gold, "en").split()
+    if len(words) < 3 or words[0] != "please" or words[1] not in ("say", "name", "greet", "make"):
         raise ValueError(f"not an errand: {gold[:60]!r}")
-    return words
+    return words[1:]
 
 
 def done(words: list[str], rng: random.Random) -> str:

@@ -59,9 +59,11 @@ CAREFUL = Habits(blind=0.0, stop=0.0, patient=1.0, methodical=1.0, chinese=0.0)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a thought, whether it is right, and whether the answer may follow from it."""
+    """One step of a thought, which ends before character ``end`` of it; whether it is right, and whether the
+    answer may follow from it."""
 
     text: str
+    end: int
     right: bool
     concludes: bool = False
 

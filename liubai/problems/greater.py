@@ -10,7 +10,7 @@ import random
 
 from liubai.problems.compare import LARGEST, Compare, Decimal, guess
 from liubai.problems.family import Habits, Step
-from liubai.problems.lexicon import LANGUAGES, Writer, answered, both, plain, translate
+from liubai.problems.lexicon import LANGUAGES, Writer, answered, both, cut, plain, translate
 from liubai.types import Problem
 
 
@@ -45,42 +45,31 @@ class Greater:
         writer = Writer.drawn(problem.language, rng, habits)
         if writer.blind:
             return answered("", str(guess(a, b, rng)))
-        chosen = max(a, b, key=Decimal.value)
-        if a.whole != b.whole:
-            lines = [f"{a.whole} or {b.whole} is {chosen.whole}"]
-        else:
-            lines = [f"{a.whole} or {b.whole} same"]
-            if rng.random() < writer.stop * 2:
-                chosen = guess(a, b, rng)
-            else:
-                lines.append(f"then {' or '.join(padded(a, b))} is {padded(chosen, other(chosen, a, b))[0]}")
+        chosen, lines = max(a, b, key=Decimal.value), right_lines(a, b)
+        if len(lines) > 1 and rng.random() < writer.stop * 2:
+            chosen, lines = guess(a, b, rng), lines[:1]
         return answered(writer.write(lines, rng), str(chosen))
 
     def steps(self, problem: Problem, thought: str) -> list[Step]:
         """The whole parts, then the digits after the point, written with as many digits."""
         a, b = decimals(problem.prompt)
-        text = " ".join(plain(thought))
-        if not text:
-            return []
-        head, then, tail = text.partition(" then ")
-        best = max(a, b, key=Decimal.value)
-        decides = a.whole != b.whole
-        said = f"{a.whole} or {b.whole} " + (f"is {best.whole}" if decides else "same")
-        found = [Step(head, head == said, decides and head == said)]
-        if then:
-            right = f"{' or '.join(padded(a, b))} is {padded(best, other(best, a, b))[0]}"
-            found.append(Step(f"then {tail}", not decides and tail == right, not decides and tail == right))
+        words, ends = plain(thought)
+        right = right_lines(a, b)
+        found = []
+        for i, (start, end) in enumerate(cut(words, ("then",))):
+            text = " ".join(words[start:end])
+            good = i < len(right) and text == right[i]
+            found.append(Step(text, ends[end - 1], good, good and i == len(right) - 1))
         return found
 
 
-def padded(a: Decimal, b: Decimal) -> tuple[str, str]:
-    """The digits after the point of both, as many of one as of the other."""
+def right_lines(a: Decimal, b: Decimal) -> list[str]:
+    """What a careful writer notes."""
+    if a.whole != b.whole:
+        return [f"{a.whole} or {b.whole} is {max(a.whole, b.whole)}"]
     width = max(len(str(a.part)), len(str(b.part)))
-    return str(a.padded(width)), str(b.padded(width))
-
-
-def other(one: Decimal, a: Decimal, b: Decimal) -> Decimal:
-    return b if one == a else a
+    digits = a.padded(width), b.padded(width)
+    return [f"{a.whole} or {b.whole} same", f"then {digits[0]} or {digits[1]} is {max(digits)}"]
 
 
 def decimals(prompt: str) -> tuple[Decimal, Decimal]:

@@ -8,6 +8,8 @@ into the question's language) is a dictionary here.
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from liubai.problems.family import Habits
@@ -88,6 +90,15 @@ def answered(thought: str, answer: str) -> str:
     return f"<think> {f'{thought} ' if thought else ''}</think> <answer> {answer} </answer>"
 
 
-def plain(thought: str) -> list[str]:
-    """The words of a thought in English, without fillers: what a step checker reads."""
-    return [word for word in translate(thought, "en").split() if word not in FILLERS]
+def plain(thought: str) -> tuple[list[str], list[int]]:
+    """The words of a thought in English, without fillers, and where each of them ends in it: what a step
+    checker reads."""
+    found = [(ENGLISH.get(m[0], m[0]), m.end()) for m in re.finditer(r"\S+", thought)]
+    kept = [(word, end) for word, end in found if word not in FILLERS]
+    return [word for word, _ in kept], [end for _, end in kept]
+
+
+def cut(words: list[str], starts: Iterable[str]) -> list[tuple[int, int]]:
+    """Runs ``words[a:b]`` that begin at the first word or at one of ``starts``."""
+    begins = [i for i, word in enumerate(words) if i == 0 or word in set(starts)]
+    return list(zip(begins, [*begins[1:], len(words)], strict=True))

@@ -9,7 +9,7 @@ import random
 
 from liubai.problems.countdown import LARGEST, Try, apply, parse, tries
 from liubai.problems.family import Habits, Step
-from liubai.problems.lexicon import LANGUAGES, Writer, answered, both, plain, translate
+from liubai.problems.lexicon import LANGUAGES, Writer, answered, both, cut, plain, translate
 from liubai.types import Problem
 
 
@@ -64,25 +64,26 @@ class Make:
     def steps(self, problem: Problem, thought: str) -> list[Step]:
         """A step is one try: its numbers are the problem's, its results and its distance are right."""
         numbers, target = parse(problem.gold)
-        words, starts = plain(thought), []
-        starts = [i for i, word in enumerate(words) if word in ("try", "wait")]
-        if words and (not starts or starts[0]):
-            starts.insert(0, 0)
-        ends = [*starts[1:], len(words)]
-        return [
-            _checked([w for w in words[a:b] if w not in ("try", "wait")], numbers, target)
-            for a, b in zip(starts, ends, strict=True)
-        ]
+        words, ends = plain(thought)
+        found = []
+        for a, b in cut(words, ("try", "wait")):
+            written = read_try(words[a + (words[a] in ("try", "wait")) : b], numbers, target)
+            hit = written is not None and written.value == target
+            found.append(Step(" ".join(words[a:b]), ends[b - 1], written is not None, hit))
+        return found
 
 
-def _checked(words: list[str], numbers: tuple[int, ...], target: int) -> Step:
-    """``1 + 4 =5 + 3 =8 :1``"""
-    text = " ".join(words)
-    if len(words) != 8 or not all(words[i].isdigit() for i in (0, 2, 5)):
-        return Step(text, False)
+def read_try(words: list[str], numbers: tuple[int, ...], target: int) -> Try | None:
+    """``1 + 4 =5 + 3 =8 :1`` as it stands, ``None`` when anything in it is wrong."""
+    if len(words) != 8 or not all(_digits(words[i]) for i in (0, 2, 5)):
+        return None
     first, second, last = (int(words[i]) for i in (0, 2, 5))
     if not {words[1], words[4]} <= set("+-*") or sorted((first, second, last)) != sorted(numbers):
-        return Step(text, False)
+        return None
     middle = apply(first, words[1], second)
     written = Try(first, words[1], second, middle, words[4], last, apply(middle, words[4], last))
-    return Step(text, written.write(target) == text, concludes=written.value == target)
+    return written if written.write(target) == " ".join(words) else None
+
+
+def _digits(word: str) -> bool:
+    return word.isascii() and word.isdigit() and len(word) <= 2

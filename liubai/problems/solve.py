@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 
 from liubai.problems.family import Habits, Step
-from liubai.problems.lexicon import LANGUAGES, Writer, answered, both, plain, translate
+from liubai.problems.lexicon import LANGUAGES, Writer, answered, both, cut, plain, translate
 from liubai.types import Problem
 
 LARGEST = 99
@@ -55,15 +55,14 @@ class Solve:
 
     def steps(self, problem: Problem, thought: str) -> list[Step]:
         """Take away what is added, divide by the factor."""
-        words = plain(thought)
-        if not words:
-            return []
-        cut = words.index("over") if "over" in words else len(words)
-        said = [" ".join(part) for part in (words[:cut], words[cut:]) if part]
+        words, ends = plain(thought)
         right = right_lines(*terms(problem.prompt))
-        return [
-            Step(line, i < 2 and line == right[i], i == 1 and said == right) for i, line in enumerate(said)
-        ]
+        found = []
+        for i, (a, b) in enumerate(cut(words, ("over",))):
+            text = " ".join(words[a:b])
+            good = i < len(right) and text == right[i]
+            found.append(Step(text, ends[b - 1], good, good and i == 1))
+        return found
 
 
 def right_lines(factor: int, shift: int, result: int) -> list[str]:

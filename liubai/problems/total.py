@@ -9,11 +9,12 @@ from __future__ import annotations
 import random
 
 from liubai.problems.family import Habits, Step
-from liubai.problems.lexicon import LANGUAGES, Writer, answered, both, plain, translate
+from liubai.problems.lexicon import LANGUAGES, Writer, answered, both, cut, plain, translate
 from liubai.types import Problem
 
 SHORTEST, LONGEST = 4, 8  #: digits in a sum
 MODULUS = 10
+DIGITS = tuple(map(str, range(MODULUS)))
 
 
 class Total:
@@ -48,7 +49,8 @@ class Total:
         steps = len(digits) - 1
         if rng.random() < writer.stop * 2:
             steps = rng.randint(1, steps - 1)
-        total, lines = digits[0], []
+        lines: list[str] = []
+        total = digits[0]
         for digit in digits[1 : steps + 1]:
             before, total = total, (total + digit) % MODULUS
             lines.append(f"{'' if lines else f'{before} '}plus {digit} is {total}")
@@ -58,26 +60,22 @@ class Total:
         """A step adds the next digit of the problem to the result so far, and is right when the digit and the
         sum are; ``concludes`` when no digit is left."""
         digits = digits_of(problem.prompt)
-        words = plain(thought)
-        if not words:
-            return []
-        parts = " ".join(words).split("plus")
+        words, ends = plain(thought)
         found: list[Step] = []
-        so_far = parts[0].split()
-        for i, part in enumerate(parts[1:], 1):
-            said = part.split()
-            right = (
-                i < len(digits)
-                and len(so_far) == 1
-                and so_far[0].isdigit()
-                and (i > 1 or so_far == [str(digits[0])])
-                and said == [str(digits[i]), "is", str((int(so_far[0]) + digits[i]) % MODULUS)]
-            )
-            found.append(
-                Step(f"{' '.join(so_far)} plus{part}".strip(), right, right and i == len(digits) - 1)
-            )
-            so_far = said[-1:]
-        return found or [Step(" ".join(words), False)]
+        total = str(digits[0])
+        runs = cut(words, ("plus",))
+        if len(runs) > 1 and words[:1] == [total]:  # the first digit belongs to the first step
+            runs = [(0, runs[1][1]), *runs[2:]]
+        for i, (a, b) in enumerate(runs, 1):
+            digit = str(digits[i]) if i < len(digits) else ""
+            before, total = total, words[b - 1]  # a later step is judged by what the last one left
+            right = bool(digit) and before in DIGITS
+            if right:
+                result = str((int(before) + int(digit)) % MODULUS)
+                first = [before] if i == 1 else []
+                right = words[a:b] == [*first, "plus", digit, "is", result]
+            found.append(Step(" ".join(words[a:b]), ends[b - 1], right, right and i == len(digits) - 1))
+        return found
 
 
 def digits_of(prompt: str) -> tuple[int, ...]:

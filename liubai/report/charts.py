@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from liubai.report.read import Curve, Run, Stage
-from liubai.report.story import TAKE_OFF_RULE, Evaluated, evaluations, take_off
+from liubai.report.story import TAKE_OFF_RULE, Evaluated, evaluations, is_pipeline, take_off
 from liubai.report.svg import Chart, Line, Mark
 
 #: Colours of the stages when there are several. Grey (2) is last: it is the colour of "before".
@@ -19,6 +19,17 @@ STAGE_INKS = (0, 1, 3, 4, 5, 2)
 NEUTRAL = 6
 
 Keys = Sequence[tuple[str, str]]  #: (metric, label) pairs
+
+
+def style(place: int) -> tuple[int, int]:
+    """(ink, dash) of the line at ``place``: the first three differ by colour alone, 12 in all differ."""
+    return place % 6, 0 if place < 3 else 1 + (place - 3 + place // 6) % 3
+
+
+def stage_style(place: int) -> tuple[int, int]:
+    """The same for lines that are stages or checkpoints: grey comes last of the colours."""
+    ink, dash = style(place)
+    return STAGE_INKS[ink], dash
 
 
 def story_charts(stages: Sequence[Stage]) -> list[Chart]:
@@ -78,17 +89,22 @@ def _moment(stages: Sequence[Stage]) -> str:
 
 def pass_chart(run: Run) -> Chart | None:
     """pass@k of every evaluated checkpoint."""
-    found = [(e, e.pass_curve) for e in evaluations(run) if e.pass_curve]
+    evaluated = evaluations(run)
+    many = is_pipeline(evaluated)
+    found = [(e, e.pass_curve) for e in evaluated if e.pass_curve]
     if not found:
         return None
     reinforced = [stage.name for stage in run.of_kind("rl") if stage.rows]
     lines = []
-    for evaluated, points in found:
-        made_by = evaluated.stage.parent
+    for i, (e, points) in enumerate(found):
+        made_by = e.stage.parent
         curve = Curve(tuple(float(k) for k, _ in points), tuple(v for _, v in points))
         place = reinforced.index(made_by) if made_by in reinforced else 0
-        ink = STAGE_INKS[place % 6] if evaluated.after else 2
-        lines.append(Line(_name(evaluated), curve, ink, dots=True))
+        # in a pipeline, too, grey is what all began from
+        ink, dash = (
+            (stage_style(i - 1) if i else (2, 0)) if many else (STAGE_INKS[place % 6] if e.after else 2, 0)
+        )
+        lines.append(Line(e.label if many else _name(e), curve, ink, dash, dots=True))
     return Chart(
         "pass",
         "pass@k",
@@ -123,6 +139,18 @@ def panel_charts(stages: Sequence[Stage]) -> dict[str, list[Chart]]:
                 "share of answers (%)", stages, [("format", "well-formed"), ("truncated", "cut off")],
                 percent=True,
             ),
+            _split(
+                "language", "Language and readability",
+                "Share of the thought's words in the language of the question, and share of answers that "
+                "pass the readability filter.",
+                "share (%)", stages, [("language", "language"), ("readable", "readable")], percent=True,
+            ),
+            _split(
+                "unsound", "Right answer, wrong reasoning",
+                "Share of right answers whose thought has a wrong step: the price of rewarding outcomes "
+                "alone.",
+                "share of right answers (%)", stages, [("unsound", "unsound")], percent=True,
+            ),
         ),
         "reward": _present(
             _split(
@@ -138,6 +166,18 @@ def panel_charts(stages: Sequence[Stage]) -> dict[str, list[Chart]]:
                 [("zero_variance", "either"), ("zero_variance/right", "all right"),
                  ("zero_variance/wrong", "all wrong")],
                 percent=True,
+            ),
+            _split(
+                "preference", "What the reward model says",
+                "Mean score of the answers, in logits, before any weight: a rise that no held-out measure "
+                "shares is a reward model that is being fooled.",
+                "score (logits)", stages, [("preference/score", "score")],
+            ),
+            _split(
+                "win", "Answers that win",
+                "Share of comparisons that the step's answers win; half is no better than what they are "
+                "compared with.",
+                "comparisons won (%)", stages, [("win", "won")], percent=True,
             ),
         ),
         "update": _present(
@@ -266,16 +306,22 @@ def _over_steps(
                 name = f"{stage.name}: {label}" if len(keys) > 1 else stage.name
                 ink, dash = STAGE_INKS[i % 6], j
             else:
-                name, ink, dash = label, j % 6, 0 if j < 3 else j - 2
+                name, (ink, dash) = label, style(j)
             lines.append(Line(name, curve, ink, dash % 4, noisy=not sparse, dots=sparse))
     if not lines:
         return None
-    legend: list[Line] = []
+    legend = lines if len(stages) > 1 and len(lines) == 1 else []  # whose line is it?
     if len(stages) > 1 and len(keys) > 1:  # colour says which stage, the pattern which measure
         nothing = Curve((), ())
-        legend = [Line(s.name, nothing, STAGE_INKS[i % 6]) for i, s in enumerate(stages)]
+        legend = [
+            Line(s.name, nothing, STAGE_INKS[i % 6])
+            for i, s in enumerate(stages)
+            if any(s.curve(k) for k, _ in keys)
+        ]
         legend += [
-            Line(n, nothing, NEUTRAL, j % 4, dots=k.startswith("eval/")) for j, (k, n) in enumerate(keys)
+            Line(n, nothing, NEUTRAL, j % 4, dots=k.startswith("eval/"))
+            for j, (k, n) in enumerate(keys)
+            if any(s.curve(k) for s in stages)
         ]
     return Chart(
         id, title, caption, y_label, lines, percent=percent, zero=zero, marks=marks, keys=legend

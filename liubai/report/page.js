@@ -15,7 +15,7 @@ document.querySelectorAll("svg[data-hover]").forEach((svg) => {
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect(), scale = 400 / box.width;
     const [px, x] = nearest(all, (event.clientX - box.left) * scale);
-    tip.replaceChildren(Object.assign(document.createElement("div"), { textContent: data.x.split(" (")[0] + " " + x.toLocaleString("en") }));
+    tip.replaceChildren(Object.assign(document.createElement("div"), { textContent: data.names ? data.names[x] : data.x.split(" (")[0] + " " + x.toLocaleString("en") }));
     data.series.forEach((s) => {
       const point = s.points.length && nearest(s.points, px);
       if (!point || Math.abs(point[0] - px) > 0.6) return;

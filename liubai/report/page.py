@@ -21,8 +21,19 @@ from markupsafe import Markup
 from liubai.files import write_text
 from liubai.report.answers import probe_questions
 from liubai.report.charts import panel_charts, pass_chart, pretrain_charts, story_charts
-from liubai.report.read import Run, Stage, number, read_run
-from liubai.report.story import Evaluated, columns, evaluations, pair, sentence, show, take_off
+from liubai.report.examples import example_charts, sample_table
+from liubai.report.read import IMITATING, JUDGING, Run, Stage, number, read_run
+from liubai.report.stages import origin, pipeline_sentence, stage_charts, stage_table
+from liubai.report.story import (
+    Evaluated,
+    columns,
+    evaluations,
+    is_pipeline,
+    pair,
+    sentence,
+    show,
+    take_off,
+)
 
 PACKAGES = ("liubai", "torch", "numpy", "tokenizers", "safetensors")
 
@@ -50,19 +61,24 @@ def render(run: Run) -> str:
     )  # fmt: skip
     reinforced = [s for s in run.of_kind("rl") if s.rows]
     evaluated = evaluations(run)
+    many = is_pipeline(evaluated)
     return environment.get_template("page.html").render(
         run=run,
         style=Markup((here / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=digest,
-        sentence=sentence(run),
+        sentence=pipeline_sentence(run) or sentence(run),
         facts=_facts(run, reinforced),
         missing=_missing(run, reinforced),
         evaluated=evaluated,
-        hero=pair(run),
+        hero=(evaluated[0], evaluated[-1]) if many else pair(run),
         pair=pair(run) if len(evaluated) == 2 else None,
         protocol=_protocol(evaluated),
         columns=columns(evaluated),
+        meanings=_meanings(evaluated),
+        whence=lambda e: origin(run, e) if many else "after" if e.after else "before",
+        staged=stage_table(run),
+        stage_charts=stage_charts(run),
         show=show,
         change=_change,
         stderr=_stderr,
@@ -71,6 +87,9 @@ def render(run: Run) -> str:
         probes=[(s, q) for s in reinforced if (q := probe_questions(s))],
         panels_by=panel_charts(reinforced),
         pretrain=pretrain_charts([s for s in run.of_kind("pretrain") if s.rows]),
+        taught=bool(run.of_kind(*IMITATING, *JUDGING, "sample")),
+        examples=example_charts(run),
+        kept=sample_table(run),
         take_offs=[(s, take_off(s.curve("reflections"))) for s in reinforced],
         warnings=[(s.name, w) for s in run.stages for w in s.warnings],
         clock=clock,
@@ -123,7 +142,7 @@ def _missing(run: Run, reinforced: list[Stage]) -> list[str]:
     if not run.of_kind("rl"):
         notes.append("The recipe has no rl stage: there are no learning curves.")
     elif evaluated and pair(run) is None:
-        lacking = "after" if not evaluated[-1].after else "before"
+        lacking = "before" if any(e.after for e in evaluated) else "after"
         notes.append(f"No evaluation {lacking} reinforcement learning: there is no before and after.")
     notes += [f"“{s.name}” has no probe samples." for s in reinforced if not probe_questions(s)]
     return notes
@@ -146,10 +165,22 @@ def _protocol(evaluated: list[Evaluated]) -> str:
     for e in evaluated:
         result = e.stage.result or {}
         n, which, each = (result.get(key, "?") for key in ("n_problems", "problems", "samples"))
+        which = ", ".join(map(str, which)) if isinstance(which, dict | list) else which
         said.setdefault(f"{n} held-out problems ({which}) × {each} answers", []).append(e.label)
     if len(said) == 1:
         return f"{next(iter(said))} per checkpoint."
     return " ".join(f"{', '.join(labels)}: {text}." for text, labels in said.items())
+
+
+def _meanings(evaluated: list[Evaluated]) -> str:
+    """What those measures say that were taken and do not explain themselves."""
+    texts = {
+        "language": "Language is the share of the thought's words that are in the question's language.",
+        "readable": "Readable are the answers that pass the readability filter.",
+        "unsound": "Unsound are right answers whose thought has a wrong step, as a share of the right ones.",
+        "win_rate": "Win rate is the share of answers preferred to those of the checkpoint named.",
+    }
+    return "".join(f" {t}" for key, t in texts.items() if any(e.value(key) is not None for e in evaluated))
 
 
 def _stderr(key: str, stage: Stage) -> str:

@@ -18,6 +18,13 @@ from typing import Any
 
 from liubai.errors import UserError
 
+#: Kinds of stages that learn from rewards; they share their metrics and their charts.
+REINFORCED = ("rl", "ppo")
+#: Kinds that learn from examples: answers to imitate, or judgements to agree with.
+IMITATING, JUDGING = ("sft", "distill"), ("reward_model", "dpo", "process")
+#: Kinds that leave no language model behind.
+WITHOUT_MODEL = ("eval", "sample", "reward_model", "process")
+
 _FOLDER = re.compile(r"(\d+)-(.+)")
 
 
@@ -39,16 +46,19 @@ class Curve:
 
 @dataclass(slots=True)
 class Stage:
-    """One stage: what the recipe says of it, and what its folder holds so far."""
+    """One stage: what the recipe says of it, and what its folder holds so far. Of the ``parents`` that it
+    comes from, ``parent`` is the one whose weights it takes."""
 
     name: str
     kind: str
     parent: str
+    parents: tuple[str, ...] = ()
     folder: Path | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     result: dict[str, Any] | None = None  #: eval.json
+    sampled: dict[str, Any] | None = None  #: sample.json
     done: dict[str, Any] | None = None  #: DONE
 
     @property
@@ -98,8 +108,10 @@ class Run:
     def name(self) -> str:
         return str(self.recipe.get("name") or self.path.resolve().name)
 
-    def of_kind(self, kind: str) -> list[Stage]:
-        return [s for s in self.stages if s.kind == kind]
+    def of_kind(self, *kinds: str) -> list[Stage]:
+        """The stages of these kinds; "rl" stands for all of :data:`REINFORCED`."""
+        wanted = {*kinds, *(REINFORCED if "rl" in kinds else ())}
+        return [s for s in self.stages if s.kind in wanted]
 
     def stage(self, name: str) -> Stage | None:
         return next((s for s in self.stages if s.name == name), None)
@@ -129,16 +141,18 @@ def read_run(path: Path) -> Run:
         raise UserError(f"'{recipe_path}' names no stages: it needs [stages.<name>] tables")
     notes: list[str] = []
     folders = {m[2]: p for p in sorted(path.iterdir()) if p.is_dir() and (m := _FOLDER.fullmatch(p.name))}
-    stages = [_read_stage(name, table, folders.get(name), notes) for name, table in tables.items()]
+    stages = [_read_stage(name, tables, folders.get(name), notes) for name in tables]
     environment = _read_object(path / "environment.json", notes)
     return Run(path, text, recipe, stages, notes, environment)
 
 
-def _read_stage(name: str, table: dict[str, Any], folder: Path | None, notes: list[str]) -> Stage:
-    kind = str(table.get("kind", ""))
-    parents = table.get("from", "")  # one name, or the resolved recipe's list of names
-    parent = next(iter(parents), "") if isinstance(parents, list) else parents
-    stage = Stage(name, kind, str(parent), folder)
+def _read_stage(name: str, tables: dict[str, dict[str, Any]], folder: Path | None, notes: list[str]) -> Stage:
+    kind = str(tables[name].get("kind", ""))
+    origin = tables[name].get("from") or []  # one name, or the resolved recipe's list of names
+    parents = tuple(map(str, origin if isinstance(origin, list) else [origin]))
+    # stages find their inputs by what they are, in whatever order they are named
+    models = [p for p in parents if tables.get(p, {}).get("kind") not in WITHOUT_MODEL]
+    stage = Stage(name, kind, next(iter(models or parents), ""), parents, folder)
     if folder is None:
         notes.append(f"The stage “{name}” ({kind}) has not started.")
         return stage
@@ -147,6 +161,7 @@ def _read_stage(name: str, table: dict[str, Any], folder: Path | None, notes: li
     warnings = [str(w.get("message", w)) for w in _read_lines(folder / "warnings.jsonl", notes)]
     stage.warnings = list(dict.fromkeys(warnings))
     stage.result = _read_object(folder / "eval.json", notes)
+    stage.sampled = _read_object(folder / "sample.json", notes)
     stage.done = _read_object(folder / "DONE", notes)
     if (folder / "DONE").exists() and stage.done is None:
         stage.done = {}  # an unreadable mark is still a mark
@@ -155,7 +170,9 @@ def _read_stage(name: str, table: dict[str, Any], folder: Path | None, notes: li
         notes.append(f"The stage “{name}” ({kind}) is not finished: running, or interrupted.{so_far}")
     elif kind == "eval" and stage.result is None:
         notes.append(f"The stage “{name}” is done but its eval.json is missing.")
-    elif kind in ("pretrain", "rl") and not stage.rows:
+    elif kind == "sample" and stage.sampled is None:
+        notes.append(f"The stage “{name}” is done but its sample.json is missing.")
+    elif kind in ("pretrain", *REINFORCED, *IMITATING, *JUDGING) and not stage.rows:
         notes.append(f"The stage “{name}” is done but has no metrics.")
     return stage
 

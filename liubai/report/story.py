@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from liubai.report.read import Curve, Run, Stage, number, read_run
 
@@ -21,7 +22,7 @@ Row = tuple[str, str, str]  #: (key in eval.json, label, how to print it: percen
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """One evaluated checkpoint. ``after`` says that an rl stage made it."""
+    """One evaluated checkpoint. ``after`` says that reinforcement learning made it."""
 
     label: str
     stage: Stage
@@ -29,6 +30,14 @@ class Evaluated:
 
     def value(self, key: str) -> float | None:
         return number((self.stage.result or {}).get(key))
+
+    @property
+    def families(self) -> dict[str, dict[str, Any]]:
+        """The figures of each family of problems; none in an evaluation of a single family."""
+        raw = (self.stage.result or {}).get("families")
+        if not isinstance(raw, dict):
+            return {}
+        return {str(name): figures for name, figures in raw.items() if isinstance(figures, dict)}
 
     @property
     def pass_curve(self) -> list[tuple[int, float]]:
@@ -41,14 +50,20 @@ class Evaluated:
 
 
 def evaluations(run: Run) -> list[Evaluated]:
-    """The evaluated checkpoints: those before reinforcement learning first, then recipe order."""
+    """The evaluated checkpoints: those before reinforcement learning first, then recipe order. The
+    checkpoints of a pipeline (:func:`is_pipeline`) stay in the recipe's order, which is their story."""
     reinforced = {s.name for s in run.of_kind("rl")}
     found = [
         Evaluated(str((s.result or {}).get("label") or s.parent or s.name), s, s.parent in reinforced)
         for s in run.of_kind("eval")
         if s.result
     ]
-    return sorted(found, key=lambda e: e.after)
+    return found if is_pipeline(found) else sorted(found, key=lambda e: e.after)
+
+
+def is_pipeline(evaluated: Sequence[Evaluated]) -> bool:
+    """Is this a story of many stages, told over several families? At least two evaluations say so."""
+    return sum(bool(e.families) for e in evaluated) > 1
 
 
 def pair(run: Run) -> tuple[Evaluated, Evaluated] | None:
@@ -78,6 +93,9 @@ def columns(evaluated: Sequence[Evaluated]) -> list[Row]:
         ("mean_tokens", "mean tokens", "1"),
         ("reflections", "reflections per answer", "2"),
         ("format", "format", "%"),
+        ("language", "language", "%"),
+        ("readable", "readable", "%"),
+        ("unsound", "unsound", "%"),
         ("truncated", "cut off", "%"),
     ]
     return [row for row in rows if any(e.value(row[0]) is not None for e in evaluated)]
@@ -118,16 +136,17 @@ def headline(run: Path) -> str:
 
 def align(cells: Sequence[Sequence[str]]) -> str:
     """Columns of equal width, the first flush left; Chinese characters are two columns wide."""
-
-    def width(text: str) -> int:
-        return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-    widths = [max(width(row[i]) for row in cells) for i in range(len(cells[0]))]
+    widths = [max(wide(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = []
     for row in cells:
-        pads = [" " * (w - width(c)) for w, c in zip(widths, row, strict=True)]
+        pads = [" " * (w - wide(c)) for w, c in zip(widths, row, strict=True)]
         lines.append("  ".join([row[0] + pads[0], *(p + c for p, c in zip(pads[1:], row[1:], strict=True))]))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def wide(text: str) -> int:
+    """How many columns ``text`` takes where a letter takes one."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 # --- curves ---------------------------------------------------------------------------------------
@@ -192,12 +211,7 @@ def sentence(run: Run) -> str:
         stage = run.stage(after.stage.parent)
         assert stage is not None
         steps = f"In {stage.steps} steps of reinforcement learning" if stage.steps else "After the training"
-        parts = _change(before, after, "pass@1", "pass@1 went", lambda v: show(v, "%"))
-        parts += _change(before, after, "mean_tokens", "the mean answer", lambda v: f"{v:,.0f}", " tokens")
-        said = " and ".join(parts) or "nothing comparable was measured"
-        if "stayed" in said:  # the second verb was borrowed from the first
-            said = said.replace("the mean answer from", "the mean answer went from")
-        return f"{steps}, {said}{_took_off(stage)}."
+        return f"{steps}, {changes(before, after)}{_took_off(stage)}."
     if rl and rl[0].rows:
         known = smooth(rl[0].curve("accuracy")).known
         if known:
@@ -205,6 +219,16 @@ def sentence(run: Run) -> str:
             said = f"the accuracy of the training answers went from {change}"
             return f"So far, in {rl[0].steps} steps, {said}{_took_off(rl[0])}."
     return "This run has no result yet: what is here so far is shown below."
+
+
+def changes(before: Evaluated, after: Evaluated) -> str:
+    """How accuracy and length went from one checkpoint to another, as a clause."""
+    parts = _change(before, after, "pass@1", "pass@1 went", lambda v: show(v, "%"))
+    parts += _change(before, after, "mean_tokens", "the mean answer", lambda v: f"{v:,.0f}", " tokens")
+    said = " and ".join(parts) or "nothing comparable was measured"
+    if "stayed" in said or len(parts) == 1:  # the second verb was borrowed from the first
+        said = said.replace("the mean answer from", "the mean answer went from")
+    return said
 
 
 def _change(

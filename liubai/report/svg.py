@@ -16,12 +16,13 @@ from html import escape
 from markupsafe import Markup
 
 from liubai.report.read import Curve
-from liubai.report.story import smooth, window
+from liubai.report.story import smooth, wide, window
 
 Scale = Callable[[float], float]  #: from a value to its place in the box
 
 WIDTH, HEIGHT = 400, 268
 LEFT, RIGHT, TOP, BOTTOM, ROW = 48, 14, 28, 42, 17
+LETTER = 8.5  #: units of a letter's width, about
 MOST_POINTS = 400  #: longer curves are averaged in buckets; a chart has no more pixels than that
 
 
@@ -62,6 +63,7 @@ class Chart:
     percent: bool = False
     zero: bool = True
     log_x: bool = False
+    x_names: Sequence[str] = ()  #: what stands at x = 0, 1, 2 … in place of a scale
     marks: Sequence[Mark] = field(default_factory=tuple)
     keys: Sequence[Line] = ()  #: a shorter legend than one entry a line
 
@@ -98,7 +100,9 @@ def tick_text(value: float, ticks: Sequence[float], percent: bool = False) -> st
             base = 1e3 if unit == "k" else size
             return f"{value / base:.{_decimals(step / base)}f}{unit}".replace("-", "−")
     if largest < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-").replace("-", "−")
+        values = [t * scale for t in ticks]
+        exact = (d for d in range(3) if all(abs(float(f"{v:.{d}e}") - v) < step / 1e3 for v in values))
+        return f"{value:.{next(exact, 3)}e}".replace("e-0", "e-").replace("-", "−")
     text = f"{value:.{_decimals(step)}f}".replace("-", "−")
     return f"{text}%" if percent else text
 
@@ -106,6 +110,25 @@ def tick_text(value: float, ticks: Sequence[float], percent: bool = False) -> st
 def _decimals(step: float) -> int:
     """Decimals that write a multiple of ``step`` exactly: 0.25 needs two, 0.2 one."""
     return next((d for d in range(6) if abs(step * 10**d - round(step * 10**d)) < 1e-6 * 10**d * step), 6)
+
+
+def shortened(names: Sequence[str]) -> list[str]:
+    """``names`` cut to what fits side by side under a chart. Where beginnings do not tell them apart, the
+    middle goes: numbers are at the end."""
+    room = max(3, int((WIDTH - LEFT - RIGHT) / max(1, len(names)) / LETTER))
+    heads = [_cut(name, room) for name in names]
+    if len(set(heads)) == len(set(names)):
+        return heads
+    return [_cut(name, room, tail=room // 3) for name in names]
+
+
+def _cut(name: str, room: int, tail: int = 0) -> str:
+    if wide(name) <= room:
+        return name
+    head, end = name, name[len(name) - tail :]
+    while head and wide(head + end) >= room:
+        head = head[:-1]
+    return f"{head.rstrip(' (+_-')}…{end}"
 
 
 def thin(curve: Curve) -> Curve:
@@ -128,7 +151,7 @@ def _draw(chart: Chart) -> Markup:
         return Markup('<p class="none">Nothing was measured.</p>')
     xs = [x for line in lines for x, _ in line.curve.known]
     ys = [y for line in lines for _, y in _shown(line).known]
-    x_low, x_high = min(xs), max(xs)
+    x_low, x_high = (-0.5, len(chart.x_names) - 0.5) if chart.x_names else (min(xs), max(xs))
     reach = [*ys, 0.0] if chart.zero else ys
     y_ticks = nice_ticks(min(reach), max(reach))
     if chart.percent and max(ys) <= 1:
@@ -186,8 +209,9 @@ def _axes(chart: Chart, x_low: float, x_high: float, y_ticks: list[float], px: S
         if chart.x_label == "step":  # a short run must not show half steps
             ticks = [t for t in ticks if t == round(t)]
         ticks = [x_low] if x_low == x_high else ticks
-    for t in ticks:
-        text = tick_text(t, ticks)
+    names = dict(enumerate(shortened(chart.x_names)))
+    for t in names or ticks:
+        text = escape(names[int(t)]) if names else tick_text(t, ticks)
         y = HEIGHT - BOTTOM + 17
         out.append(f'<text class="tick" text-anchor="middle" x="{px(t):.1f}" y="{y}">{text}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
@@ -240,4 +264,5 @@ def _hover(chart: Chart, lines: Sequence[Line], px: Scale) -> dict[str, object]:
         known = thin(line.curve).known
         points = [[round(px(x), 1), float(f"{x:.6g}"), float(f"{y:.4g}")] for x, y in known]
         series.append({"label": line.label, "ink": line.ink, "points": points})
-    return {"x": chart.x_label, "percent": chart.percent, "series": series}
+    data: dict[str, object] = {"x": chart.x_label, "percent": chart.percent, "series": series}
+    return data | ({"names": list(chart.x_names)} if chart.x_names else {})

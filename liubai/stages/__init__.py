@@ -11,7 +11,14 @@ from liubai.errors import UserError, nearest
 #: Modules are imported on use: torch takes seconds, a typing mistake should not.
 KINDS = {
     "pretrain": "liubai.stages.pretrain",
+    "sft": "liubai.stages.sft",
+    "sample": "liubai.stages.sample",
     "rl": "liubai.stages.rl",
+    "ppo": "liubai.stages.ppo",
+    "reward_model": "liubai.stages.reward_model",
+    "process": "liubai.stages.process",
+    "dpo": "liubai.stages.dpo",
+    "distill": "liubai.stages.distill",
     "eval": "liubai.stages.evaluate",
 }
 

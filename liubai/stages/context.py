@@ -75,22 +75,38 @@ class Context:
         return self._before + time.monotonic() - self._started
 
     def parent_checkpoint(self, model: str = "") -> Path:
-        """The checkpoint of the one stage that this one is ``from``, or that of ``model``, a folder or a hub
-        id. Raises ``UserError`` when it is not exactly one of them."""
-        if model and not self.inputs:
+        """The one checkpoint that the stages that this one is ``from`` wrote, or that of ``model``, a folder
+        or a hub id. Raises ``UserError`` when it is not exactly one of them."""
+        found = self.given("checkpoint")
+        if model and not found:
             return find_folder(model)
         if model:
             raise UserError(f"stage '{self.stage}' names a model and an earlier stage; it begins with one")
-        if len(self.inputs) != 1:
-            names = ", ".join(self.inputs) or "none"
+        names = ", ".join(self.inputs) or "none"
+        if self.inputs and not found:
+            raise UserError(f"stage '{self.stage}' needs a checkpoint, but stage '{names}' wrote none")
+        if len(found) != 1:
             raise UserError(
                 f"stage '{self.stage}' starts from the checkpoint of exactly one earlier stage; "
                 f"its 'from' names {names}. Or name a model"
             )
-        ((name, folder),) = self.inputs.items()
-        if not (folder / "checkpoint").is_dir():
-            raise UserError(f"stage '{self.stage}' needs a checkpoint, but stage '{name}' wrote none")
-        return folder / "checkpoint"
+        return found[0]
+
+    def given(self, name: str) -> list[Path]:
+        """What the stages that this one is ``from`` wrote under ``name``, in its order: a stage finds its
+        inputs by what they are."""
+        return [folder / name for folder in self.inputs.values() if (folder / name).exists()]
+
+    def the(self, name: str, what: str) -> Path:
+        """The only one of them. Raises ``UserError`` that says of which ``what`` there is none, or two."""
+        found = self.given(name)
+        if len(found) != 1:
+            names = ", ".join(self.inputs) or "none"
+            raise UserError(
+                f"stage '{self.stage}' needs {what} from exactly one earlier stage; of those that its "
+                f"'from' names ({names}), {len(found)} wrote one"
+            )
+        return found[0]
 
     def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """One line of numbers after ``step`` of ``total`` steps. What is not finite becomes null.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,11 @@ from typing import Any
 from pydantic import Field
 
 from liubai.errors import UserError
-from liubai.files import write_json
+from liubai.files import read_json, write_json
 from liubai.grade import GradeItem, GraderPool, Verdict, grade, is_bounded
+from liubai.grade.language import consistency, words
+from liubai.grade.readable import ReadableConfig, unreadable
+from liubai.measure.audit import unsound_share
 from liubai.measure.passk import clustered_stderr, cons_at_k, pass_curve
 from liubai.measure.reflection import count_reflections
 from liubai.model.checkpoint import load
@@ -22,18 +25,23 @@ from liubai.problems.source import Bank
 from liubai.rollout.engine import Engine, Request
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive
-from liubai.stages.config import Brought, Compute, FamilyName
+from liubai.stages.config import Brought, Compute, FamilyName, Shares
 from liubai.stages.context import Context
-from liubai.stages.rollouts import without_blank
+from liubai.stages.rollouts import thought, without_blank
 from liubai.text.template import Template, require_readable, template_for, text_of
 from liubai.types import Problem, Sample, Stop
 
 Progress = Callable[[int, int], None]
 COMPUTE = Compute()
+#: What each answer was worth, by problem: for comparing with another evaluation.
+SCORES = "scores.json"
+#: Verifiers of prompts that no rule of reasoning judges.
+GENERAL = ("errand", "judge")
 
 
 class Config(Brought, Compute):
-    problems: FamilyName = "countdown"
+    #: one family, or several with their shares of ``limit``
+    problems: FamilyName | Shares = "countdown"
     label: str = ""
     limit: int = Field(200, gt=0, description="held-out problems")
     samples: int = Field(16, gt=0, description="answers a problem")
@@ -42,9 +50,11 @@ class Config(Brought, Compute):
     top_p: float = Field(1.0, gt=0, le=1)
     slots: int = Field(256, gt=0)
     blank: bool = True
+    #: what counts as a readable thought
+    readable: ReadableConfig = ReadableConfig()
 
     def families(self) -> Iterable[str]:
-        return (self.problems,)
+        return (self.problems,) if isinstance(self.problems, str) else self.problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,36 @@ class Evaluation:
             [v.correct and s.stop is Stop.EOS for v, s in zip(*pair, strict=True)]
             for pair in zip(self.verdicts, self.samples, strict=True)
         ]
+
+    def of(self, family: str) -> Evaluation:
+        """The part on the problems of one family."""
+        at = [i for i, problem in enumerate(self.problems) if problem.family == family]
+        lists = (self.problems, self.samples, self.responses, self.verdicts)
+        return Evaluation(*([each[i] for i in at] for each in lists))  # type: ignore[arg-type]
+
+    @property
+    def scores(self) -> list[list[float]]:
+        """What each answer is worth, from 0 to 1: nothing when it was cut off."""
+        return [
+            [v.parts["correct"] * (s.stop is Stop.EOS) for v, s in zip(*pair, strict=True)]
+            for pair in zip(self.verdicts, self.samples, strict=True)
+        ]
+
+    def process(self, readable: ReadableConfig) -> dict[str, float | None]:
+        """What there is to say of the thoughts: their language, whether they can be read, and whether right
+        answers are right for the right reasons."""
+        problems = [p for p, row in zip(self.problems, self.responses, strict=True) for _ in row]
+        responses = [r for row in self.responses for r in row]
+        thoughts = [thought(response) for response in responses]
+        asked = list(zip(thoughts, problems, strict=True))
+        right = [ok for row in self.correct for ok in row]
+        worded = [consistency(t, p.language) for t, p in asked if any(words(t))]
+        return {
+            "language": _mean_or_none(worded),
+            "readable": _mean([not unreadable(t, p.language, readable) for t, p in asked]),
+            "unsound": unsound_share(problems, responses, right),
+            "score": _mean([score for row in self.scores for score in row]),
+        }
 
     def summary(self) -> dict[str, Any]:
         """The figures of ``liubai eval --json`` and ``eval.json``; shares are of all answers."""
@@ -159,7 +199,13 @@ def evaluate(
     return Evaluation(problems, rows([done[r.id] for r in requests]), rows(responses), rows(verdicts))
 
 
-def evaluate_checkpoint(
+def evaluate_checkpoint(**asked: Any) -> dict[str, Any]:
+    """What ``liubai eval`` prints, but for the problems' name. What is ``asked``: see :func:`answered`."""
+    result = answered(**asked)
+    return result.summary() | result.process(ReadableConfig())
+
+
+def answered(
     path: Path,
     problems: Sequence[Problem],
     samples: int,
@@ -171,9 +217,8 @@ def evaluate_checkpoint(
     slots: int = 256,
     thinking: bool = True,
     compute: Compute = COMPUTE,
-) -> dict[str, Any]:
-    """What ``liubai eval`` prints, but for the name of the problems. Raises ``UserError`` for a bad
-    checkpoint."""
+) -> Evaluation:
+    """Answers of the checkpoint ``path``. Raises ``UserError`` for a bad one."""
     model, tokenizer = load(path, dtype=compute.dtype(), device=compute.where())
     if compute.compile:
         model.compile_decoding()
@@ -188,7 +233,7 @@ def evaluate_checkpoint(
     engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=slots, max_length=longest)
     engine.load(model.state_dict(), version=0)
     with GraderPool() as pool:
-        result = evaluate(
+        return evaluate(
             engine,
             template,
             list(problems),
@@ -200,19 +245,26 @@ def evaluate_checkpoint(
             pool=pool,
             progress=progress,
         )
-    return result.summary()
 
 
-def held_out_of(name: str, limit: int, seed: int, questions: Questions | None = None) -> list[Problem]:
-    """``limit`` held-out problems: of the user's ``questions``, or of the family called ``name``."""
+def held_out_of(
+    names: str | Mapping[str, float], limit: int, seed: int, questions: Questions | None = None
+) -> list[Problem]:
+    """``limit`` held-out problems: of the user's ``questions``, or of families, by their shares."""
     if questions:
         return Bank(questions).held_out(limit)
-    return distinct_problems(family(name), "eval", seed, limit)
+    shares = {names: 1.0} if isinstance(names, str) else names
+    total = sum(shares.values())
+    return [
+        problem
+        for name, share in shares.items()
+        for problem in distinct_problems(family(name), "eval", seed, max(1, round(limit * share / total)))
+    ]
 
 
 def run(config: Config, context: Context) -> None:
     seed = derive(context.seed, "eval")
-    figures = evaluate_checkpoint(
+    result = answered(
         context.parent_checkpoint(config.model),
         held_out_of(config.problems, config.limit, seed, config.questions),
         config.samples,
@@ -226,9 +278,33 @@ def run(config: Config, context: Context) -> None:
     )
     asked = config.questions.path if config.questions else config.problems
     label = config.label or next(iter(context.inputs), config.model)
-    write_json(context.folder / "eval.json", {"label": label, "problems": asked, **figures})
+    figures: dict[str, Any] = {"label": label, "problems": asked, **result.summary()}
+    figures |= result.process(config.readable)
+    if not isinstance(config.problems, str) and not config.questions:
+        parts = {name: result.of(name) for name in config.problems}
+        figures["families"] = {n: e.summary() | e.process(config.readable) for n, e in parts.items()}
+    scores = [[p.prompt, row] for p, row in zip(result.problems, result.scores, strict=True)]
+    write_json(context.folder / SCORES, {"scores": scores})
+    if context.given(SCORES):
+        figures |= wins(result, context)
+    write_json(context.folder / "eval.json", figures)
     numbers = {n: float(v) for n, v in figures.items() if isinstance(v, int | float)}
     context.log(1, 1, numbers)
+
+
+def wins(result: Evaluation, context: Context) -> dict[str, Any]:
+    """Against the evaluation that this one also comes ``from``: how often an answer to a general prompt is
+    liked better than the other model's to the same prompt, a tie counting half. Where there are no general
+    prompts, of all answers."""
+    path = context.the(SCORES, "an evaluation to compare with")
+    theirs = dict(read_json(path)["scores"])
+    ours = list(zip(result.problems, result.scores, strict=True))
+    general = [(p, row) for p, row in ours if p.verifier in GENERAL] or ours
+    pairs = [(a, b) for p, row in general for a in row for b in theirs.get(p.prompt, ())]
+    if not pairs:
+        raise UserError(f"the evaluation '{path.parent.name}' was asked other problems; give both the same")
+    won = _mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs])
+    return {"win_rate": won, "against": read_json(path.parent / "eval.json").get("label", path.parent.name)}
 
 
 def _mean_or_none(values: Sequence[float]) -> float | None:

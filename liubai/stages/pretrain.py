@@ -7,31 +7,26 @@ loss (the stages after it measure what matters), texts that do not fit into memo
 
 from __future__ import annotations
 
-import math
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from liubai.errors import Diverged, UserError
-from liubai.learn.logprobs import batch_logprobs
+from liubai.errors import UserError
 from liubai.learn.optim import Optimizer, warmup_decay
 from liubai.learn.packing import Batch, Sequence1, micro_batches
-from liubai.learn.replicas import Replicas
 from liubai.model.checkpoint import save_checkpoint
 from liubai.model.config import ModelConfig
-from liubai.model.transformer import Transformer, build
+from liubai.model.transformer import build
 from liubai.problems import family, world_vocabulary
 from liubai.problems.family import Habits, split_of
 from liubai.problems.rows import digest
 from liubai.problems.texts import Texts, read_texts
 from liubai.seeds import derive, stream
-from liubai.stages.config import MAX_SKIPPED, Trained, WrittenShares
+from liubai.stages.config import Trained, WrittenShares
 from liubai.stages.context import Context
+from liubai.stages.supervised import NextToken, train
 from liubai.text.template import BARE, Template
 from liubai.text.tokenizer import EOS, TextTokenizer, byte_level, word_level
 
@@ -88,62 +83,21 @@ def run(config: Config, context: Context) -> None:
     model = build(model_config(config.model, tokenizer), derive(context.seed, "init"))
     model.to(config.where(), config.dtype()).checkpointing = config.checkpointing
     optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr, moments=config.moments())
-    tokens, first, skipped = 0, 0, 0
-    if state := context.restore():
-        model.load_state_dict({n: state.tensors[f"model/{n}"] for n in model.state_dict()})
-        optimizer.load_state_dict(_under("optimizer/", state.tensors))
-        tokens, first, skipped = state.meta["tokens"], state.step, state.meta["skipped"]
-    replicas = Replicas(model)
-    for step in range(first, config.steps):
-        begun = time.perf_counter()
-        batches = micro_batches(
-            list(documents(draw, config.tokens_per_step, context.seed, step)),
-            tokenizer.pad_id,
-            config.microbatch(),
-        )
-        targets = sum(int(b.mask_BT.sum()) for b in batches)
-        # divided by the targets of the whole step: how it is cut into micro-batches changes nothing
-        loss = sum(replicas.map(partial(_backward, weight=1 / targets), batches))
-        scale = warmup_decay(step, config.steps, config.warmup, config.decay)
-        if not math.isfinite(loss):
-            optimizer.zero_grad()
-        norm = optimizer.step(scale) if math.isfinite(loss) else math.nan
-        skipped = 0 if math.isfinite(norm) else skipped + 1
-        if skipped:
-            context.warn(f"step {step + 1}: loss or gradient was not finite; nothing was changed")
-        if skipped >= MAX_SKIPPED:
-            raise Diverged(f"{MAX_SKIPPED} steps in a row were not finite; lower lr or muon_lr")
-        tokens += targets
-        context.log(
-            step + 1,
-            config.steps,
-            {
-                "loss": loss,
-                "lr": config.lr * scale,
-                "grad_norm": norm,
-                "tokens": tokens,
-                "tokens/s": targets / (time.perf_counter() - begun),
-            },
-        )
-        if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
-            context.save(
-                step + 1,
-                {f"model/{n}": t for n, t in model.state_dict().items()}
-                | {f"optimizer/{n}": t for n, t in optimizer.state_dict().items()},
-                {"tokens": tokens, "skipped": skipped},
-            )
-    optimizer.widen_parameters()
+
+    def batches(step: int) -> list[Batch]:
+        found = list(documents(draw, config.tokens_per_step, context.seed, step))
+        return micro_batches(found, tokenizer.pad_id, config.microbatch())
+
+    train(
+        context,
+        model,
+        optimizer,
+        NextToken(batches),
+        steps=config.steps,
+        save_every=config.save_every,
+        scale=lambda step: warmup_decay(step, config.steps, config.warmup, config.decay),
+    )
     save_checkpoint(context.folder / "checkpoint", model, tokenizer, BARE)
-
-
-def _backward(model: Transformer, batches: Sequence[Batch], weight: float) -> list[float]:
-    losses = []
-    for batch in batches:
-        logprobs_BT, _ = batch_logprobs(model, batch.to(model.head_weight.device))
-        loss = -logprobs_BT.sum() * weight
-        loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(float(loss.detach()))
-    return losses
 
 
 def documents(draw: Draw, room: int, seed: int, step: int) -> Iterator[Sequence1]:
@@ -200,7 +154,3 @@ def model_config(shape: ModelShape, tokenizer: TextTokenizer) -> ModelConfig:
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,
     )
-
-
-def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -9,23 +9,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from liubai.grade import GradeItem, GraderPool, RewardWeights, Verdict, grade, is_bounded, reward
+from liubai.grade.language import consistency
+from liubai.measure.reflection import thought_span
 from liubai.rollout.engine import Engine, Partial, Request
 from liubai.seeds import derive
 from liubai.text.template import Template, text_of
 from liubai.types import Group, Problem, Sample, Span, Stop
 
+#: What a learned judge says of many answers at once: a number each.
+Scorer = Callable[[Sequence[tuple[Problem, str]]], list[float]]
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finished sample with its text and verdict."""
+    """A finished sample with its text and verdict, and what else was found about it (``language``,
+    ``preference``, ``process``; where it is rewarded)."""
 
     sample: Sample
     response: str
     verdict: Verdict
+    findings: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +64,14 @@ class Rollouts:
         temperature: float,
         seed: int,
         weights: RewardWeights,
+        weights_of: Mapping[str, RewardWeights] | None = None,
+        scorers: Mapping[str, Scorer] | None = None,
         ahead: int = 0,
     ) -> None:
         self.engine, self.template, self.problem_at, self.pool = engine, template, problem_at, pool
         self.samples, self.max_tokens = samples, max_tokens
         self.temperature, self.seed, self.weights = temperature, seed, weights
+        self.weights_of, self.scorers = weights_of or {}, scorers or {}
         self.ahead = ahead  #: in-flight mode: groups begun beyond those that a step takes
         self.next_index = 0
         self._open: dict[int, dict[int, Sample]] = {}  # begun and not yet taken: finished samples
@@ -82,7 +92,11 @@ class Rollouts:
         while not all((i, j) in self._answers for i in taken for j in range(self.samples)):
             time.sleep(0.001)  # the graders need the processor more than this loop does
             self._poll()
-        return [self._close(index) for index in sorted(taken)]
+        taken.sort()
+        started = time.perf_counter()
+        self._judge(taken)
+        self.seconds_grading += time.perf_counter() - started
+        return [self._close(index) for index in taken]
 
     def _top_up(self, groups: int) -> None:
         while len(self._open) < groups + self.ahead:
@@ -132,8 +146,31 @@ class Rollouts:
             verdict = without_blank(verdict, response)
         self._answers[index, j] = Answer(sample, response, verdict)
 
+    def _weights(self, problem: Problem) -> RewardWeights:
+        return self.weights_of.get(problem.family, self.weights)
+
+    def _judge(self, taken: Sequence[int]) -> None:
+        """What the models that judge say of the answers of some groups, all at once, and in which language
+        they are; only where it counts."""
+        problems = {index: self.problem_at(index) for index in taken}
+        for name in ("language", "preference", "process"):
+            asked = [
+                (index, j)
+                for index in taken
+                for j in range(self.samples)
+                if getattr(self._weights(problems[index]), name)
+            ]
+            if not asked:
+                continue
+            scorer = spoken if name == "language" else self.scorers[name]
+            scores = scorer([(problems[i], self._answers[i, j].response) for i, j in asked])
+            for key, score in zip(asked, scores, strict=True):
+                answer = self._answers[key]
+                self._answers[key] = replace(answer, findings={**answer.findings, name: score})
+
     def _close(self, index: int) -> GradedGroup:
         del self._open[index]
+        problem = self.problem_at(index)
         answers = tuple(self._answers.pop((index, j)) for j in range(self.samples))
         rewards = tuple(
             reward(
@@ -142,12 +179,12 @@ class Rollouts:
                 tokens=len(a.sample.completion_ids),
                 cap=self.max_tokens,
                 truncated=a.sample.stop is not Stop.EOS,
-                weights=self.weights,
+                weights=self._weights(problem),
+                **a.findings,
             )
             for a in answers
         )
-        group = Group(self.problem_at(index), tuple(a.sample for a in answers), rewards)
-        return GradedGroup(index, group, answers)
+        return GradedGroup(index, Group(problem, tuple(a.sample for a in answers), rewards), answers)
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on elsewhere, as JSON. Verdicts are not kept: grading is repeated."""
@@ -186,6 +223,16 @@ class Rollouts:
             seed=derive(self.seed, "sample", index, j),
             temperature=self.temperature,
         )
+
+
+def spoken(answers: Sequence[tuple[Problem, str]]) -> list[float]:
+    """The share of each thought's words that are of its question's language; 0 of none."""
+    return [consistency(thought(response), problem.language) for problem, response in answers]
+
+
+def thought(response: str) -> str:
+    start, end = thought_span(response)
+    return response[start:end]
 
 
 def without_blank(verdict: Verdict, response: str) -> Verdict:

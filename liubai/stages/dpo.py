@@ -1,0 +1,133 @@
+"""Direct preference optimisation: the policy learns from pairs without a reward model (arXiv 2305.18290).
+
+Log-probabilities are sums over an answer, thought and all; the reference is the checkpoint that it starts
+from, whose log-probabilities are computed once, before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from liubai.learn.logprobs import batch_logprobs
+from liubai.learn.optim import Optimizer
+from liubai.learn.packing import Batch, Sequence1, stacked
+from liubai.learn.preference import PreferenceConfig, preference_loss
+from liubai.learn.replicas import Replicas
+from liubai.model.checkpoint import load, save_checkpoint
+from liubai.model.transformer import Transformer
+from liubai.stages.config import Brought, Trained
+from liubai.stages.context import Context
+from liubai.stages.preferences import PairConfig, pairs_of
+from liubai.stages.sft import cosine, drawn_at, encoded
+from liubai.stages.supervised import train
+from liubai.text.template import template_for
+
+
+class Config(Brought, Trained):
+    loss: PreferenceConfig = PreferenceConfig()
+    pairs: PairConfig = PairConfig()
+    epochs: float = Field(2.0, gt=0)
+    batch: int = Field(32, gt=0, description="pairs a step")
+    lr: float = Field(5e-5, gt=0)
+    warmup: float = Field(0.05, ge=0, le=1)
+    save_every: int = Field(50, gt=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Chosen and rejected in turn, ``[2N]`` rows, and the reference's log-probability of each."""
+
+    batch: Batch
+    reference_B: Tensor
+    weight: float
+
+
+def run(config: Config, context: Context) -> None:
+    parent = context.parent_checkpoint(config.model)
+    model, tokenizer = load(parent, dtype=config.dtype(), device=config.where())
+    template = template_for(tokenizer, parent)
+    model.checkpointing = config.checkpointing
+    learned, _ = pairs_of(config.pairs, context)
+    pairs = [(encoded(template, p.chosen), encoded(template, p.rejected)) for p in learned]
+    lesson = Pairs(config, context.seed, tokenizer.pad_id, pairs, model)
+    steps = max(1, round(config.epochs * len(pairs) / config.batch))
+    train(
+        context,
+        model,
+        Optimizer(model, lr=config.lr, moments=config.moments()),
+        lesson,
+        steps=steps,
+        save_every=config.save_every,
+        scale=lambda step: cosine(step, steps, config.warmup, 0.1),
+    )
+    save_checkpoint(context.folder / "checkpoint", model, tokenizer, template.source)
+
+
+class Pairs:
+    """The lesson. ``model`` is still the reference when this is made."""
+
+    def __init__(
+        self,
+        config: Config,
+        seed: int,
+        pad_id: int,
+        pairs: Sequence[tuple[Sequence1, Sequence1]],
+        model: Transformer,
+    ) -> None:
+        self.config, self.seed, self.pad_id = config, seed, pad_id
+        self.pairs = pairs
+        lots = [range(i, min(i + config.batch, len(pairs))) for i in range(0, len(pairs), config.batch)]
+        self.reference_N2 = torch.zeros(len(pairs), 2)
+        for lot, sums_B in zip(lots, Replicas(model).map(self._read, lots), strict=True):
+            self.reference_N2[list(lot)] = sums_B.view(-1, 2)
+
+    @torch.no_grad()
+    def _read(self, model: Transformer, lots: Sequence[range]) -> list[Tensor]:
+        found = []
+        for lot in lots:
+            batch = stacked([s for i in lot for s in self.pairs[i]], self.pad_id)
+            found.append(summed(model, batch).float().cpu())
+        return found
+
+    def items(self, step: int) -> list[Item]:
+        c = self.config
+        order = drawn_at(step, c.batch, len(self.pairs), self.seed)
+        order.sort(key=lambda i: -max(len(s.ids) for s in self.pairs[i]))
+        found = []
+        while order:
+            width = max(len(s.ids) for s in self.pairs[order[0]])
+            count = max(1, c.microbatch() // (2 * width))
+            lot, order = order[:count], order[count:]
+            batch = stacked([s for i in lot for s in self.pairs[i]], self.pad_id)
+            found.append(Item(batch, self.reference_N2[lot].flatten(), 1 / c.batch))
+        return found
+
+    def learn(self, model: Transformer, items: Sequence[Item]) -> list[dict[str, float]]:
+        found = []
+        for item in items:
+            own_B = summed(model, item.batch)
+            reference_B = item.reference_B.to(own_B.device)
+            loss_N, sums = preference_loss(
+                own_B[0::2], own_B[1::2], reference_B[0::2], reference_B[1::2], self.config.loss
+            )
+            loss = loss_N.sum() * item.weight
+            loss.backward()  # type: ignore[no-untyped-call]
+            counted = {"pairs": float(len(loss_N)), "tokens": float(item.batch.tokens)}
+            found.append({"loss": float(loss.detach()), **counted, **{n: float(v) for n, v in sums.items()}})
+        return found
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        shown = {"right": "accuracy"}
+        left_out = ("loss", "tokens", "pairs")
+        return {shown.get(n, n): v / sums["pairs"] for n, v in sums.items() if n not in left_out}
+
+
+def summed(model: Transformer, batch: Batch) -> Tensor:
+    """``[B]``: the log-probability of each row's answer."""
+    logprobs_BT, _ = batch_logprobs(model, batch.to(model.head_weight.device))
+    return logprobs_BT.sum(1)

@@ -1,0 +1,267 @@
+"""What stages that learn from their own answers share: a model and its engine, questions, rewards, a look
+at held-out questions, numbers, resume points.
+
+The loop in which it belongs::
+
+    with Policy(config, context) as policy:
+        for step in policy.steps():             # from the last resume point; saves one where it is due
+            graded = policy.write(step)
+            learned = update(policy.model, policy.optimizer, ...)
+            policy.log(step, graded, learned)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from liubai.errors import Diverged, UserError
+from liubai.grade import GraderPool, RewardWeights
+from liubai.learn.optim import Optimizer
+from liubai.model.checkpoint import load, save_checkpoint
+from liubai.model.lora import LoraConfig, attach, merged, save_adapter, trained
+from liubai.problems.source import source_of
+from liubai.rollout.torch_engine import TorchEngine
+from liubai.seeds import derive
+from liubai.stages.config import MAX_SKIPPED, Brought, FamilyName, Shares, Trained
+from liubai.stages.context import Context
+from liubai.stages.evaluate import evaluate
+from liubai.stages.rl_metrics import probe_records, rollout_metrics
+from liubai.stages.rollouts import GradedGroup, Rollouts
+from liubai.stages.scoring import scorers_of
+from liubai.stages.supervised import under
+from liubai.text.template import require_readable, template_for
+
+#: mean |Δ log-probability| that the arithmetic alone explains; stale weights make 0.2 (trl#5312)
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+
+
+class PolicyConfig(Brought, Trained):
+    """What is asked, what is rewarded, how much is written, and how fast is learned."""
+
+    steps: int = Field(gt=0)
+    problems: Shares = {"countdown": 1.0}
+    groups: int = Field(32, gt=0, description="problems a step")
+    samples: int = Field(16, gt=1, description="answers a problem")
+    max_tokens: int = Field(320, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    lr: float = Field(3e-4, gt=0)
+    warmup: int = Field(0, ge=0, description="steps")
+    decay: float = Field(0.0, ge=0, le=1, description="share of the steps in which lr falls to 0")
+    minibatches: int = Field(1, gt=0)
+    max_norm: float = Field(1.0, gt=0)
+    rewards: RewardWeights = RewardWeights()
+    #: other rewards for the problems of single families
+    rewards_of: dict[FamilyName, RewardWeights] = {}
+    lora: LoraConfig | None = None
+    slots: int = Field(256, gt=0, description="answers written at once")
+    inflight: bool = False
+    grader_timeout: float = Field(5.0, gt=0, description="seconds a verdict may take")
+    #: control: without the blank
+    blank: bool = True
+    eval_every: int = Field(10, gt=0)
+    eval_problems: int = Field(64, gt=0)
+    eval_samples: int = Field(4, gt=0)
+    probes: int = Field(3, ge=0, description="held-out prompts whose answers are kept at every eval")
+    save_every: int = Field(10, gt=0)
+
+    def families(self) -> Iterable[str]:
+        return self.problems
+
+
+class Policy:
+    """Made at the beginning of a stage. Raises ``UserError`` for what does not fit together."""
+
+    def __init__(self, config: PolicyConfig, context: Context, begin: Path | None = None) -> None:
+        """It begins with the checkpoint ``begin``, or with the stage's only one."""
+        self.config, self.context = config, context
+        self.parent = parent = begin or context.parent_checkpoint(config.model)
+        self.model, self.tokenizer = model, tokenizer = load(
+            parent, dtype=config.dtype(), device=config.where()
+        )
+        model.checkpointing = config.checkpointing
+        if config.lora:
+            attach(model, config.lora, context.seed)
+        self.template = template = template_for(tokenizer, parent, thinking=config.blank)
+        if config.compile:
+            model.compile_decoding()
+        self.optimizer = Optimizer(
+            model, lr=config.lr, max_norm=config.max_norm, betas=(0.9, 0.95), moments=config.moments()
+        )
+        source = source_of(config.problems, config.questions)
+        self.held_out = source.held_out(config.eval_problems)
+        require_readable(template, [p.prompt for p in self.held_out])
+        prompt = source.longest(lambda text: len(template.prompt_ids(text)))
+        longest = config.max_tokens + prompt
+        if longest > model.config.max_position_embeddings:
+            raise UserError(
+                f"max_tokens {config.max_tokens} and prompts of {prompt} tokens do not fit the model's "
+                f"{model.config.max_position_embeddings} positions; lower max_tokens"
+            )
+        # the trainer's own weights: one copy in memory, and nothing that could fail to arrive
+        self.engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=config.slots, max_length=longest)
+        # an engine of its own around the same weights: the rollouts in flight are not disturbed
+        self.evaluator = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=config.slots, max_length=longest)
+        self.tokens_per_microbatch = config.microbatch()
+        self._stack = ExitStack()
+        self._kept: dict[str, tuple[Callable[[], Mapping[str, Tensor]], Callable[[Any], None]]] = {}
+        self.keep("model", lambda: trained(model))
+        self.keep("optimizer", self.optimizer.state_dict, self.optimizer.load_state_dict)
+        self._tokens, self._skipped = 0, 0
+        self._started = self._written = 0.0
+        weights = [config.rewards, *config.rewards_of.values()]
+        self._scorers = scorers_of(context, weights, config.where())
+        self._source = source
+
+    def __enter__(self) -> Self:
+        config = self.config
+        self.pool = self._stack.enter_context(GraderPool(timeout_s=config.grader_timeout))
+        self.rollouts = Rollouts(
+            self.engine,
+            self.template,
+            lambda index: self._source.train(self.context.seed, index),
+            self.pool,
+            samples=config.samples,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            seed=self.context.seed,
+            weights=config.rewards,
+            weights_of=config.rewards_of,
+            scorers=self._scorers,
+            ahead=max(1, config.slots // config.samples) if config.inflight else 0,
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def keep(
+        self,
+        name: str,
+        tensors: Callable[[], Mapping[str, Tensor]],
+        load: Callable[[Mapping[str, Tensor]], None] | None = None,
+    ) -> None:
+        """Let resume points hold these tensors, too. They are restored by ``load``, or in place. To be called
+        before ``steps``."""
+        self._kept[name] = tensors, load or partial(_copy, tensors)
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left. A resume point is made after a step where one is due."""
+        config, context = self.config, self.context
+        first = 0
+        if state := context.restore():
+            for name, (_, load_) in self._kept.items():
+                load_(under(f"{name}/", state.tensors))
+            self.rollouts.restore(state.meta["rollouts"])
+            first, self._tokens, self._skipped = state.step, state.meta["tokens"], state.meta["skipped"]
+        self.evaluator.load(self.model.state_dict(), version=0)
+        if first == 0:
+            if self._source.note:
+                context.warn(self._source.note)
+            context.log(0, config.steps, self.look(0))
+        for step in range(first, config.steps):
+            yield step
+            done = step + 1
+            if done % config.save_every == 0 and done < config.steps:
+                tensors = {
+                    f"{name}/{k}": t for name, (made, _) in self._kept.items() for k, t in made().items()
+                }
+                meta = {"tokens": self._tokens, "skipped": self._skipped, "rollouts": self.rollouts.state()}
+                context.save(done, tensors, meta)
+
+    def write(
+        self, step: int, collect: Callable[[Rollouts], list[GradedGroup]] | None = None
+    ) -> list[GradedGroup]:
+        """The graded groups of a step, written under the weights of now, which are version ``step``."""
+        self._started = time.perf_counter()
+        self.engine.load(self.model.state_dict(), version=step)
+        graded = collect(self.rollouts) if collect else self.rollouts.collect(self.config.groups)
+        self._written = time.perf_counter()
+        return graded
+
+    def lr_scale(self, step: int) -> float:
+        return lr_scale(self.config, step)
+
+    def log(self, step: int, graded: Sequence[GradedGroup], learned: Mapping[str, float]) -> None:
+        """Numbers of a step, a look at held-out questions where one is due, and what went wrong in it.
+        Raises ``Diverged`` when nothing could be learned several times in a row."""
+        ended = time.perf_counter()
+        config, context = self.config, self.context
+        self._notice(step, learned)
+        metrics = rollout_metrics(graded, version=step)
+        self._tokens += int(metrics["step_tokens"])
+        metrics |= learned
+        metrics |= {
+            "lr": config.lr * self.lr_scale(step),
+            "tokens": self._tokens,
+            "tokens/s": metrics["step_tokens"] / (ended - self._started),
+            "seconds/generate": self._written - self._started - self.rollouts.seconds_grading,
+            "seconds/grade": self.rollouts.seconds_grading,
+            "seconds/update": ended - self._written,
+        }
+        self.rollouts.seconds_grading = 0.0
+        done = step + 1
+        if done % config.eval_every == 0 or done == config.steps:
+            metrics |= self.look(done)
+        context.log(done, config.steps, metrics)
+
+    def _notice(self, step: int, learned: Mapping[str, float]) -> None:
+        if halvings := int(learned.get("halvings", 0)):
+            self.tokens_per_microbatch = max(1, self.tokens_per_microbatch >> halvings)
+            self.context.warn(
+                f"step {step + 1}: memory ran out; micro-batches now have "
+                f"{self.tokens_per_microbatch} tokens. Nothing was lost"
+            )
+        lost, updates = int(learned.get("skipped", 0)), int(learned.get("updates", 0))
+        self._skipped = self._skipped + 1 if lost and lost == updates else 0
+        if lost:
+            self.context.warn(
+                f"step {step + 1}: {lost} of {updates} gradients were not finite; those changed nothing"
+            )
+        if self._skipped >= MAX_SKIPPED:
+            raise Diverged(
+                f"{MAX_SKIPPED} steps in a row had no finite gradient; lower lr, or look at the rewards"
+            )
+
+    def look(self, step: int) -> dict[str, float]:
+        """Held-out accuracy, and the same few prompts answered again."""
+        config = self.config
+        result = evaluate(
+            self.evaluator,
+            self.template,
+            self.held_out,
+            samples=config.eval_samples,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            seed=derive(self.context.seed, "look"),
+            pool=self.pool,
+        )
+        self.context.samples(step, probe_records(result, config.probes))
+        return result.as_metrics()
+
+    def save(self) -> None:
+        """The checkpoint that the stage leaves, and the adapter if it trained one."""
+        folder, model = self.context.folder, self.model
+        self.optimizer.widen_parameters()
+        save_checkpoint(folder / "checkpoint", model, self.tokenizer, self.template.source, merged(model))
+        if self.config.lora:
+            save_adapter(folder / "adapter", model, self.config.lora, str(self.parent))
+
+
+def _copy(tensors: Callable[[], Mapping[str, Tensor]], saved: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors().items():
+        tensor.copy_(saved[name])
+
+
+def lr_scale(config: PolicyConfig, step: int) -> float:
+    up = min(1.0, (step + 1) / (config.warmup + 1))
+    tail = config.decay * config.steps
+    return min(up, (config.steps - step) / tail) if tail else up

@@ -1,0 +1,148 @@
+"""A reward model: one number for an answer, learned from what people preferred (R1's helpfulness model), or
+from labels "safe" and "unsafe" (its safety model, ``objective = "pointwise"``).
+
+It sees the question and what is said after the thought, never the thought itself. Left out on purpose:
+margins by strength of preference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from liubai.files import write_json
+from liubai.learn.optim import Optimizer
+from liubai.learn.packing import Batch, Sequence1, stacked
+from liubai.learn.preference import bradley_terry, pointwise
+from liubai.model.checkpoint import load
+from liubai.model.scorer import Scorer, save_scorer, scorer_from
+from liubai.model.transformer import Transformer
+from liubai.seeds import derive
+from liubai.stages.config import Brought, Trained
+from liubai.stages.context import Context
+from liubai.stages.preferences import Pair, PairConfig, pairs_of
+from liubai.stages.records import Example
+from liubai.stages.scoring import CALIBRATION, REWARD_MODEL, last_scores, scores_at_end, without_thought
+from liubai.stages.sft import cosine, drawn_at
+from liubai.stages.supervised import train
+from liubai.text.template import Template, template_for
+
+
+class Config(Brought, Trained):
+    #: pairs: Bradley–Terry; pointwise: each answer alone, safe when its score reaches a half
+    objective: Literal["pairs", "pointwise"] = "pairs"
+    pairs: PairConfig = PairConfig()
+    epochs: float = Field(3.0, gt=0)
+    batch: int = Field(32, gt=0, description="pairs a step")
+    lr: float = Field(3e-4, gt=0)
+    warmup: float = Field(0.05, ge=0, le=1)
+    save_every: int = Field(50, gt=0)
+
+
+def run(config: Config, context: Context) -> None:
+    parent = context.parent_checkpoint(config.model)
+    model, tokenizer = load(parent, dtype=config.dtype(), device=config.where())
+    template = template_for(tokenizer, parent)
+    scorer = scorer_from(model, derive(context.seed, "score"))
+    scorer.checkpointing = config.checkpointing
+    learned, measured = pairs_of(config.pairs, context)
+    lesson = Preferences(config, context.seed, template, learned)
+    steps = max(1, round(config.epochs * len(learned) / config.batch))
+
+    def accuracy(done: int) -> dict[str, float]:
+        if not measured or (done % config.save_every and done != steps):
+            return {}
+        return {"eval/accuracy": right_share(scorer, template, measured)}
+
+    train(
+        context,
+        scorer,
+        Optimizer(scorer, lr=config.lr, moments=config.moments()),
+        lesson,
+        steps=steps,
+        save_every=config.save_every,
+        scale=lambda step: cosine(step, steps, config.warmup, 0.1),
+        also=accuracy,
+    )
+    folder = context.folder / REWARD_MODEL
+    save_scorer(folder, scorer, tokenizer, template.source)
+    answers = [
+        without_thought(template, e.prompt, e.response) for p in learned for e in (p.chosen, p.rejected)
+    ]
+    scores_N = last_scores(scorer, answers, tokenizer.pad_id)
+    write_json(
+        folder / CALIBRATION, {"mean": float(scores_N.mean()), "spread": max(1e-6, float(scores_N.std()))}
+    )
+
+
+def right_share(scorer: Scorer, template: Template, pairs: Sequence[Pair]) -> float:
+    """Of how many pairs it likes the right one better."""
+    both = [without_thought(template, e.prompt, e.response) for p in pairs for e in (p.chosen, p.rejected)]
+    scores_N2 = last_scores(scorer, both, template.tokenizer.pad_id).view(-1, 2)
+    return float((scores_N2[:, 0] > scores_N2[:, 1]).double().mean())
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Rows in pairs, chosen and rejected in turn; ``safe_B`` are the labels of single rows."""
+
+    batch: Batch
+    safe_B: torch.Tensor
+    weight: float
+
+
+class Preferences:
+    """The lesson. A micro-batch holds whole pairs."""
+
+    def __init__(self, config: Config, seed: int, template: Template, pairs: Sequence[Pair]) -> None:
+        self.config, self.seed, self.template = config, seed, template
+        self.pairs = [
+            (self._read(p.chosen), self._read(p.rejected), p.chosen.score, p.rejected.score) for p in pairs
+        ]
+
+    def _read(self, example: Example) -> Sequence1:
+        return without_thought(self.template, example.prompt, example.response)
+
+    def items(self, step: int) -> list[Item]:
+        c = self.config
+        chosen = [self.pairs[i] for i in drawn_at(step, c.batch, len(self.pairs), self.seed)]
+        chosen.sort(key=lambda p: -max(len(p[0].ids), len(p[1].ids)))
+        found: list[Item] = []
+        while chosen:
+            width = max(len(chosen[0][0].ids), len(chosen[0][1].ids))
+            count = max(1, c.microbatch() // (2 * width))
+            lot, chosen = chosen[:count], chosen[count:]
+            batch = stacked([s for p in lot for s in p[:2]], self.template.tokenizer.pad_id)
+            safe_B = torch.tensor([float(score >= 0.5) for p in lot for score in p[2:]])
+            found.append(Item(batch, safe_B, 1 / c.batch))
+        return found
+
+    def learn(self, model: Transformer, items: Sequence[Item]) -> list[dict[str, float]]:
+        assert isinstance(model, Scorer)
+        found = []
+        for item in items:
+            device = model.head_weight.device
+            scores_B = scores_at_end(model, item.batch.to(device))
+            chosen_N, rejected_N = scores_B[0::2], scores_B[1::2]
+            if self.config.objective == "pairs":
+                loss = bradley_terry(chosen_N, rejected_N).sum() * item.weight
+            else:
+                loss = pointwise(scores_B, item.safe_B.to(device)).sum() * item.weight / 2
+            loss.backward()  # type: ignore[no-untyped-call]
+            found.append(
+                {
+                    "loss": float(loss.detach()),
+                    "tokens": float(item.batch.tokens),
+                    "pairs": float(len(chosen_N)),
+                    "right": float((chosen_N > rejected_N).sum()),
+                    "margin": float((chosen_N - rejected_N).detach().sum()),
+                }
+            )
+        return found
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        return {"accuracy": sums["right"] / sums["pairs"], "margin": sums["margin"] / sums["pairs"]}

@@ -1,0 +1,159 @@
+"""Supervised fine-tuning: learn to write what is in examples. The answers are learned, never the prompts.
+
+Examples come from ``sample`` stages before (``from``), from the user's file (``texts``), and from the careful
+writers of the small world's families (``careful``), in shares. Left out on purpose: validation loss — the
+evaluations that follow measure what matters.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field
+
+from liubai.errors import UserError
+from liubai.learn.optim import Optimizer
+from liubai.learn.packing import Batch, Sequence1, micro_batches
+from liubai.model.checkpoint import load, save_checkpoint
+from liubai.model.lora import LoraConfig, attach, merged, save_adapter
+from liubai.problems import family, problem_at
+from liubai.problems.family import CAREFUL
+from liubai.problems.rows import digest
+from liubai.problems.texts import Texts, read_texts
+from liubai.seeds import stream
+from liubai.stages.config import Brought, StageConfig, Trained, WrittenShares
+from liubai.stages.context import Context
+from liubai.stages.records import EXAMPLES, Example, read_examples
+from liubai.stages.supervised import NextToken, train
+from liubai.text.template import Template, template_for
+from liubai.text.tokenizer import THINK
+
+
+class Config(Brought, Trained):
+    epochs: float = Field(2.0, gt=0)
+    batch: int = Field(64, gt=0, description="examples a step")
+    lr: float = Field(1e-4, gt=0)
+    floor: float = Field(0.1, ge=0, le=1, description="share of lr that the cosine decay ends at")
+    warmup: float = Field(0.03, ge=0, le=1, description="share of the steps")
+    max_norm: float = Field(1.0, gt=0)
+    #: the user's own examples
+    texts: Texts | None = None
+    #: families whose careful writers add examples
+    careful: WrittenShares | None = None
+    careful_share: float = Field(1 / 3, ge=0, description="careful examples for each of the others")
+    limit: int = Field(0, ge=0, description="examples of the stages before, at most; 0: all")
+    lora: LoraConfig | None = None
+    save_every: int = Field(50, gt=0)
+
+    def located(self, folder: Path) -> StageConfig:
+        texts = self.texts.located(folder) if self.texts else None
+        return super().located(folder).model_copy(update={"texts": texts})
+
+    def outside(self) -> dict[str, str]:
+        return super().outside() | ({self.texts.path: digest(self.texts.path)} if self.texts else {})
+
+
+def run(config: Config, context: Context) -> None:
+    parent = context.parent_checkpoint(config.model)
+    model, tokenizer = load(parent, dtype=config.dtype(), device=config.where())
+    model.checkpointing = config.checkpointing
+    if config.lora:
+        attach(model, config.lora, context.seed)
+    template = template_for(tokenizer, parent)
+    sequences = [encoded(template, example) for example in examples(config, context)]
+    longest = max(len(s.ids) for s in sequences)
+    if longest > model.config.max_position_embeddings:
+        raise UserError(
+            f"an example has {longest} tokens, and the model "
+            f"{model.config.max_position_embeddings} positions; leave it out, or cut it"
+        )
+    steps = max(1, round(config.epochs * len(sequences) / config.batch))
+
+    def batches(step: int) -> list[Batch]:
+        drawn = [sequences[i] for i in drawn_at(step, config.batch, len(sequences), context.seed)]
+        return micro_batches(drawn, tokenizer.pad_id, config.microbatch())
+
+    optimizer = Optimizer(model, lr=config.lr, max_norm=config.max_norm, moments=config.moments())
+    train(
+        context,
+        model,
+        optimizer,
+        NextToken(batches),
+        steps=steps,
+        save_every=config.save_every,
+        scale=lambda step: cosine(step, steps, config.warmup, config.floor),
+    )
+    save_checkpoint(context.folder / "checkpoint", model, tokenizer, template.source, merged(model))
+    if config.lora:
+        save_adapter(context.folder / "adapter", model, config.lora, str(parent))
+
+
+def examples(config: Config, context: Context) -> list[Example]:
+    """All of them, the stages' first. Raises ``UserError`` when there are none."""
+    found = [example for path in context.given(EXAMPLES) for example in read_examples(path)]
+    if config.limit:
+        found = found[: config.limit]
+    if config.texts:
+        found += [Example(t.prompt, t.text) for t in read_texts(config.texts)]
+    if config.careful:
+        found += careful(config.careful, round(len(found) * config.careful_share), context.seed)
+    if not found:
+        raise UserError(
+            f"stage '{context.stage}' has no examples to learn from: name a stage of kind sample in its "
+            "'from', or give it texts"
+        )
+    return found
+
+
+def careful(shares: dict[str, float], count: int, seed: int) -> list[Example]:
+    """Examples by people who think everything through and are polite, about train problems."""
+    names, weights = list(shares), list(shares.values())
+    found = []
+    for index in range(count):
+        rng = stream(seed, "careful", index)
+        kind = family(rng.choices(names, weights)[0])
+        problem = problem_at(kind, "train", seed, index)
+        response = kind.document(problem, rng, CAREFUL).removeprefix(THINK).strip()
+        found.append(Example(problem.prompt, response, problem.family, problem.language))
+    return found
+
+
+def encoded(template: Template, example: Example) -> Sequence1:
+    """Prompt and response with the end token; what the prompt's template writes is not written twice."""
+    tokenizer = template.tokenizer
+    prompt = template.prompt_ids(example.prompt)
+    response = example.response.strip()
+    if template.prefilled.endswith(THINK):
+        response = response.removeprefix(THINK).strip()
+    answer = [*tokenizer.encode(response), tokenizer.eos_id]
+    return Sequence1([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+
+
+def drawn_at(step: int, batch: int, count: int, seed: int) -> list[int]:
+    """Which of ``count`` examples a step reads: each once an epoch, in an order of each epoch's own."""
+    found: list[int] = []
+    orders: dict[int, Sequence[int]] = {}
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, at = divmod(position, count)
+        if epoch not in orders:
+            orders[epoch] = shuffled(count, stream(seed, "epoch", epoch))
+        found.append(orders[epoch][at])
+    return found
+
+
+def shuffled(count: int, rng: random.Random) -> list[int]:
+    order = list(range(count))
+    rng.shuffle(order)
+    return order
+
+
+def cosine(step: int, total: int, warmup: float, floor: float) -> float:
+    """Learning-rate factor: linear warm-up, then half a cosine from 1 to ``floor``."""
+    position = (step + 1) / total
+    if warmup and position < warmup:
+        return position / warmup
+    done = (step / total - warmup) / max(1e-9, 1 - warmup)
+    return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2
