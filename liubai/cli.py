@@ -38,6 +38,10 @@ Set = Annotated[
     typer.Option("--set", metavar="STAGE.KEY=VALUE", help="Change one key of the recipe; may be repeated."),
 ]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The run folder.", show_default="runs/NAME")]
+Reuse = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="RUN", help="Take stages that are the same from this run folder; may be repeated."),
+]
 Live = Annotated[bool, typer.Option("--live/--no-live", help="A live picture in a terminal.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder, or a hub id.")]
 Seed = Annotated[int, typer.Option(min=0, help="Decides every random draw.")]
@@ -66,9 +70,10 @@ def run(
     overrides: Set = None,
     out: Out = None,
     live: Live = True,
+    reuse: Reuse = None,
 ) -> None:
     """Run a recipe and write its report. The same command continues a run that was stopped."""
-    _run(recipe, overrides or [], out, live)
+    _run(recipe, overrides or [], out, live, reuse or [])
 
 
 @app.command(epilog="Example: liubai zero --set seed=1 --out runs/zero-1")
@@ -78,15 +83,15 @@ def zero(overrides: Set = None, out: Out = None, live: Live = True) -> None:
 
 
 @app.command(epilog="Example: liubai r1 --set seed=1 --out runs/r1-1")
-def r1(overrides: Set = None, out: Out = None, live: Live = True) -> None:
+def r1(overrides: Set = None, out: Out = None, live: Live = True, reuse: Reuse = None) -> None:
     """DeepSeek-R1's four stages on a base of its own: run recipes/r1.toml."""
-    _run(_shipped("r1.toml"), overrides or [], out, live)
+    _run(_shipped("r1.toml"), overrides or [], out, live, reuse or [])
 
 
 @app.command(epilog="Example: liubai distill --out runs/distill")
-def distill(overrides: Set = None, out: Out = None, live: Live = True) -> None:
+def distill(overrides: Set = None, out: Out = None, live: Live = True, reuse: Reuse = None) -> None:
     """A small student learns from a teacher, beside RL on the student alone: run recipes/distill.toml."""
-    _run(_shipped("distill.toml"), overrides or [], out, live)
+    _run(_shipped("distill.toml"), overrides or [], out, live, reuse or [])
 
 
 def _shipped(name: str) -> Path:
@@ -106,7 +111,9 @@ def _program() -> str:
     return os.path.relpath(sys.argv[0])
 
 
-def _run(path: Path, overrides: Sequence[str], out: Path | None, live: bool) -> None:
+def _run(
+    path: Path, overrides: Sequence[str], out: Path | None, live: bool, reuse: Sequence[Path] = ()
+) -> None:
     from liubai import recipe
     from liubai.stages.view import make_view
 
@@ -114,7 +121,7 @@ def _run(path: Path, overrides: Sequence[str], out: Path | None, live: bool) -> 
     folder = out or Path("runs") / plan.name
     try:
         with make_view(live) as view:
-            recipe.run(plan, folder, view)
+            recipe.run(plan, folder, view, reuse)
     except KeyboardInterrupt:
         again = shlex.join([_program(), *sys.argv[1:]])
         print(f"liubai: stopped; what was saved is in {folder}; to continue: {again}", file=sys.stderr)

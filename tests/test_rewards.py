@@ -17,7 +17,14 @@ HALF = Verdict(False, "2", {"correct": 0.5, "format": 1.0})
 BROKEN = Verdict(False, "2", {"correct": 0.0, "format": 1.0}, "timeout after 5.0 s")
 
 
-def rewarded(verdict: Verdict, tokens: int = 10, *, truncated: bool = False, **weights: float) -> Reward:
+def rewarded(
+    verdict: Verdict,
+    tokens: int = 10,
+    *,
+    truncated: bool = False,
+    found: dict[str, float] | None = None,
+    **weights: float,
+) -> Reward:
     return reward(
         verdict,
         formatted=verdict.parts["format"] > 0,
@@ -25,6 +32,7 @@ def rewarded(verdict: Verdict, tokens: int = 10, *, truncated: bool = False, **w
         cap=100,
         truncated=truncated,
         weights=RewardWeights(**weights),
+        **(found or {}),
     )
 
 
@@ -61,8 +69,58 @@ def test_overlong_ramps_from_its_start_to_the_cap(tokens: int, penalty: float) -
     assert rewarded(RIGHT, tokens, overlong=-0.5).parts["overlong"] == pytest.approx(penalty)
 
 
+FOUND = {"language": 0.5, "preference": -1.5, "process": 0.75}
+
+
+def test_findings_without_a_weight_leave_no_trace() -> None:
+    for verdict in (RIGHT, WRONG, NOTHING, BROKEN):
+        assert rewarded(verdict, found=FOUND) == rewarded(verdict)
+    got = rewarded(RIGHT, found=FOUND, process=2.0)
+    assert list(got.parts) == ["correct", "wrong", "no_answer", "format", "overlong", "process"]
+
+
+def test_findings_are_weighed_and_added() -> None:
+    got = rewarded(WRONG, found=FOUND, language=0.5, preference=2.0, process=-1.0)
+    assert list(got.parts)[5:] == ["language", "preference", "process"]
+    assert got.parts["language"] == 0.25
+    assert got.parts["preference"] == -3.0
+    assert got.parts["process"] == -0.75
+    assert got.total == sum(got.parts.values()) == -0.5 + 0.25 - 3.0 - 0.75
+    assert rewarded(WRONG, language=0.5, preference=2.0, process=1.0).total == -0.5  # nothing was found
+
+
+WEIGHTS = {"language": 1.0, "preference": 1.0, "process": 1.0}
+
+
+def test_language_needs_the_format() -> None:
+    got = rewarded(NOTHING, found=FOUND, **WEIGHTS)
+    assert [got.parts[name] for name in FOUND] == [0.0, -1.5, 0.75]
+
+
+def test_a_truncated_answer_earns_nothing_for_language_and_steps_and_cannot_flee_from_the_preference() -> (
+    None
+):
+    got = rewarded(RIGHT, 100, truncated=True, found=FOUND, **WEIGHTS)
+    assert [got.parts[name] for name in FOUND] == [0.0, -1.5, 0.0]
+    assert got.total == -1.5
+
+
+def test_findings_about_an_answer_that_could_not_be_judged_count_nothing() -> None:
+    got = rewarded(BROKEN, found=FOUND, **WEIGHTS)
+    assert got.total == 0.0
+    assert not any(got.parts.values())
+    assert list(got.parts)[5:] == [*FOUND, "error"]
+
+
 @pytest.mark.parametrize(
-    "bad", [{"overlong": 0.5}, {"overlong_from": 1.0}, {"corect": 1.0}, {"wrong": float("nan")}]
+    "bad",
+    [
+        {"overlong": 0.5},
+        {"overlong_from": 1.0},
+        {"corect": 1.0},
+        {"wrong": float("nan")},
+        {"process": float("inf")},
+    ],
 )
 def test_bad_weights_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValidationError):

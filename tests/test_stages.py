@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,7 +57,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     graded = []
     for e in examples:
         spoilt = e.response.replace("<answer> ", "<answer> 9 ")
-        graded += [e, Example(e.prompt, spoilt, e.family, e.language, 0.0)]
+        graded += [e, replace(e, response=spoilt, score=0.0)]
     problems = {(e.prompt): e for e in examples}
     write_examples(folder / "answers" / "examples.jsonl", problems.values())
     write_examples(folder / "answers" / "graded.jsonl", graded)
@@ -86,7 +87,7 @@ STAGES: dict[str, tuple[ModuleType, dict[str, Any], tuple[str, ...], tuple[int, 
     ),
     "sample": (
         sample,
-        {"problems": {"greater": 1.0}, "prompts": 200, "samples": 2, "max_tokens": 40, "slots": 64},
+        {"problems": {"total": 1.0}, "prompts": 200, "samples": 2, "max_tokens": 40, "slots": 64},
         ("base",),
         (1, 3),
     ),
@@ -239,7 +240,8 @@ def test_sampled_examples_are_right_and_readable(wide: Path, tmp_path: Path) -> 
     told = json.loads((folder / "sample.json").read_text())
     assert len(graded) == told["asked"] == 400
     assert len(kept) == told["kept"] == 400 - sum(told["dropped"].values())
-    assert told["dropped"]["wrong"] == sum(e.score < 1 for e in graded)
+    missed = told["dropped"]["wrong"] + told["dropped"].get("cut off", 0)
+    assert missed == sum(e.score < 1 for e in graded)
     assert kept
     assert all(e.score == 1 for e in kept)
     assert len({(e.prompt, e.response) for e in kept}) == len(kept)

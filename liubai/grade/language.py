@@ -18,8 +18,10 @@ the units and functions (cm, log) that outside of formulas are words here.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
+from liubai.errors import UserError
 from liubai.grade.extract import TAGS
 
 LANGUAGES = ("en", "zh")
@@ -58,6 +60,15 @@ class Words(NamedTuple):
     en: int
     zh: int
     other: int
+
+
+def require_known(languages: Iterable[str]) -> None:
+    """Raises ``UserError`` where one is neither English nor Chinese: its words cannot be told apart."""
+    if unknown := sorted(set(languages) - set(LANGUAGES)):
+        raise UserError(
+            f"the language '{unknown[0][:40]}' of some questions cannot be recognised, only en and zh can; "
+            "leave the language reward out (rewards.language = 0) and the filter (readable.consistency = 0)"
+        )
 
 
 def prose(text: str) -> str:

@@ -77,7 +77,7 @@ def repetition(text: str, n: int) -> float:
         raise ValueError("a run has one word at least")
     found = units(text)
     grams = list(zip(*(found[i:] for i in range(n)), strict=False))
-    return 1.0 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def filler_share(text: str) -> float:

@@ -24,8 +24,7 @@ def step_loss(logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Binary cross-entropy ``[B, T]`` at the ends of steps, where the mask is True; 0 elsewhere. Label 1 or
     True: the step is right."""
     logits_BT = torch.where(mask_BT, logits_BT, 0.0)  # NaN off the mask has a gradient through exp
-    labels_BT = torch.where(mask_BT, labels_BT.to(logits_BT.dtype), 0.0)
-    losses_BT = F.binary_cross_entropy_with_logits(logits_BT, labels_BT, reduction="none")
+    losses_BT = F.binary_cross_entropy_with_logits(logits_BT, labels_BT.to(logits_BT.dtype), reduction="none")
     return torch.where(mask_BT, losses_BT, 0.0)
 
 

@@ -79,9 +79,16 @@ class Errand:
 def errand_of(gold: str) -> list[str]:
     """What is asked, in English and without the words around it. Raises ``ValueError`` when it is nothing."""
     words = translate(gold, "en").split()
-    if len(words) < 3 or words[0] != "please" or words[1] not in ("say", "name", "greet", "make"):
-        raise ValueError(f"not an errand: {gold[:60]!r}")
-    return words[1:]
+    match words:
+        case ["please", "say", _, *_, times] if times in TIMES:
+            return words[1:]
+        case ["please", "name", count, kind] if count in map(str, range(1, MOST + 1)) and kind in LISTS:
+            return words[1:]
+        case ["please", "greet", name, *names] if {name, *names} <= set(NAMES):
+            return words[1:]
+        case ["please", "make" | "name" | "say", thing] if thing in UNSAFE:
+            return words[1:]
+    raise ValueError(f"not an errand: {gold[:60]!r}")
 
 
 def done(words: list[str], rng: random.Random) -> str:

@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from liubai.problems.family import Habits
 
@@ -21,6 +22,8 @@ WORDS = {
     "make": "凑", "try": "试", "wait": "等等", "total": "求和", "mod": "模", "plus": "加", "is": "得",
     "or": "还是", "same": "一样", "then": "再", "solve": "解", "minus": "减", "over": "除以",
 }  # fmt: skip
+#: Names of the terms of a sum.
+MARKS = dict(zip("abcdefgh", "甲乙丙丁戊己庚辛", strict=True))
 #: Words that say nothing. They are no steps, and no reader wants them.
 FILLERS = {"uh": "嗯", "hm": "呃"}
 NAMES = {"anna": "安娜", "ben": "本", "carl": "卡尔", "dora": "朵拉", "emil": "埃米", "fay": "费伊"}
@@ -36,7 +39,7 @@ ERRANDS = {
 }  # fmt: skip
 CHATTER = {"well": "那么", "you": "你", "know": "知道"}
 
-CHINESE = {**WORDS, **FILLERS, **NAMES, **THINGS, **COLOURS, **TELLING, **ERRANDS, **CHATTER}
+CHINESE = {**WORDS, **MARKS, **FILLERS, **NAMES, **THINGS, **COLOURS, **TELLING, **ERRANDS, **CHATTER}
 ENGLISH = {chinese: english for english, chinese in CHINESE.items()}
 INTO = {"en": ENGLISH, "zh": CHINESE}
 
@@ -101,4 +104,4 @@ def plain(thought: str) -> tuple[list[str], list[int]]:
 def cut(words: list[str], starts: Iterable[str]) -> list[tuple[int, int]]:
     """Runs ``words[a:b]`` that begin at the first word or at one of ``starts``."""
     begins = [i for i, word in enumerate(words) if i == 0 or word in set(starts)]
-    return list(zip(begins, [*begins[1:], len(words)], strict=True))
+    return list(pairwise([*begins, len(words)]))

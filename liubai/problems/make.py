@@ -48,7 +48,7 @@ class Make:
 
     def document(self, problem: Problem, rng: random.Random, habits: Habits) -> str:
         numbers, target = parse(problem.gold)
-        options = tries(numbers)
+        options = tuple(dict.fromkeys(tries(numbers)))  # of equal numbers, no line comes twice
         writer = Writer.drawn(problem.language, rng, habits)
         if writer.blind:
             return answered("", rng.choice(options).answer())

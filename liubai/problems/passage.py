@@ -11,6 +11,7 @@ import random
 from liubai.problems.family import Habits
 from liubai.problems.lexicon import (
     COLOURS,
+    FILLERS,
     LANGUAGES,
     NAMES,
     TELLING,
@@ -31,7 +32,11 @@ Fact = tuple[str, int, str]
 class Passage:
     name = "passage"
     verifier = "summary"
-    vocabulary = (*map(str, range(10)), ".", ",", *both(NAMES, THINGS, COLOURS, TELLING, {"then": "再"}))
+    vocabulary = (
+        *map(str, range(10)),
+        *(".", ","),
+        *both(NAMES, THINGS, COLOURS, TELLING, {"then": "再"}, FILLERS),
+    )
 
     def sample(self, rng: random.Random) -> Problem:
         names = rng.sample(list(NAMES), rng.randint(FEWEST, MOST))

@@ -56,9 +56,13 @@ class Solve:
     def steps(self, problem: Problem, thought: str) -> list[Step]:
         """Take away what is added, divide by the factor."""
         words, ends = plain(thought)
-        right = right_lines(*terms(problem.prompt))
+        factor, shift, result = terms(problem.prompt)
+        runs = cut(words, ("over",))
+        right = right_lines(factor, shift, result)[:1]
+        left = words[runs[0][1] - 1] if runs else ""  # the second step is judged by what the first one left
+        right += [f"over {factor} is {x}" for x in range(LARGEST + 1) if str(factor * x) == left]
         found = []
-        for i, (a, b) in enumerate(cut(words, ("over",))):
+        for i, (a, b) in enumerate(runs):
             text = " ".join(words[a:b])
             good = i < len(right) and text == right[i]
             found.append(Step(text, ends[b - 1], good, good and i == 1))

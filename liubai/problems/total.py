@@ -1,7 +1,8 @@
-"""Running sums modulo 10 in words and in two languages: ``total 3 7 2 9 mod 10``.
+"""Running sums modulo 10 in words and in two languages: ``total a 3 b 7 c 2 mod 10``.
 
-Each operand is set beside the partial result, ``3 plus 7 is 0 plus 2 is 2``: a step is a copy and one
-entry of a small table. Nobody sees the sum of eight digits at once.
+Every digit has a name, so that the next one is found by what it is called and not by where it stands:
+``a 3 plus b 7 is 0 plus c 2 is 2``. A step is a copy and one entry of a small table. Nobody sees the sum of
+eight digits at once.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import random
 
 from liubai.problems.family import Habits, Step
-from liubai.problems.lexicon import LANGUAGES, Writer, answered, both, cut, plain, translate
+from liubai.problems.lexicon import FILLERS, LANGUAGES, MARKS, Writer, answered, both, cut, plain, translate
 from liubai.types import Problem
 
 SHORTEST, LONGEST = 4, 8  #: digits in a sum
 MODULUS = 10
 DIGITS = tuple(map(str, range(MODULUS)))
+MARKED = tuple(MARKS)
 
 
 class Total:
@@ -22,7 +24,7 @@ class Total:
     verifier = "number"
     vocabulary = (
         *map(str, range(MODULUS + 1)),
-        *both({"total": "求和", "mod": "模", "plus": "加", "is": "得", "uh": "嗯", "hm": "呃"}),
+        *both(MARKS, {"total": "求和", "mod": "模", "plus": "加", "is": "得"}, FILLERS),
     )
 
     def sample(self, rng: random.Random) -> Problem:
@@ -30,7 +32,8 @@ class Total:
         return self.problem(tuple(rng.randrange(MODULUS) for _ in range(count)), rng.choice(LANGUAGES))
 
     def problem(self, digits: tuple[int, ...], language: str) -> Problem:
-        text = f"total {' '.join(map(str, digits))} mod {MODULUS}"
+        terms = " ".join(f"{mark} {digit}" for mark, digit in zip(MARKS, digits, strict=False))
+        text = f"total {terms} mod {MODULUS}"
         gold = str(sum(digits) % MODULUS)
         return Problem(translate(text, language), gold, self.verifier, self.name, language)
 
@@ -53,7 +56,8 @@ class Total:
         total = digits[0]
         for digit in digits[1 : steps + 1]:
             before, total = total, (total + digit) % MODULUS
-            lines.append(f"{'' if lines else f'{before} '}plus {digit} is {total}")
+            first = "" if lines else f"a {before} "
+            lines.append(f"{first}plus {MARKED[len(lines) + 1]} {digit} is {total}")
         return answered(writer.write(lines, rng), str(total))
 
     def steps(self, problem: Problem, thought: str) -> list[Step]:
@@ -64,7 +68,7 @@ class Total:
         found: list[Step] = []
         total = str(digits[0])
         runs = cut(words, ("plus",))
-        if len(runs) > 1 and words[:1] == [total]:  # the first digit belongs to the first step
+        if len(runs) > 1 and words[0] != "plus":  # the first digit, right or wrong, belongs to the first step
             runs = [(0, runs[1][1]), *runs[2:]]
         for i, (a, b) in enumerate(runs, 1):
             digit = str(digits[i]) if i < len(digits) else ""
@@ -72,12 +76,12 @@ class Total:
             right = bool(digit) and before in DIGITS
             if right:
                 result = str((int(before) + int(digit)) % MODULUS)
-                first = [before] if i == 1 else []
-                right = words[a:b] == [*first, "plus", digit, "is", result]
+                first = ["a", before] if i == 1 else []
+                right = words[a:b] == [*first, "plus", MARKED[i], digit, "is", result]
             found.append(Step(" ".join(words[a:b]), ends[b - 1], right, right and i == len(digits) - 1))
         return found
 
 
 def digits_of(prompt: str) -> tuple[int, ...]:
-    """``"total 3 7 2 mod 10"`` -> ``(3, 7, 2)``, in either language."""
-    return tuple(int(word) for word in prompt.split()[1:-2])
+    """``"total a 3 b 7 c 2 mod 10"`` -> ``(3, 7, 2)``, in either language."""
+    return tuple(int(word) for word in prompt.split()[2:-2:2])

@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,14 +35,18 @@ FORMAT = 1
 MARK = ".liubai-run"
 
 
-def run(recipe: Recipe, out: Path, view: View) -> Path:
-    """Run every stage of ``recipe`` that ``out`` does not hold yet; returns ``out``.
+def run(recipe: Recipe, out: Path, view: View, reuse: Sequence[Path] = ()) -> Path:
+    """Run every stage of ``recipe`` that ``out`` does not hold yet; returns ``out``. A stage that one of the
+    run folders ``reuse`` has finished with the same fingerprint is copied from there.
 
     Raises ``UserError`` when ``out`` is not a run folder, another run is working in it, questions could
     not be judged or a device is not there (nothing is touched then), when a saved state is damaged, or the
     disk is full.
     """
     _check_folder(out)
+    for other in reuse:
+        if not (other / MARK).exists():
+            raise UserError(f"'{other}' is no run folder; --reuse takes the folder of an earlier run")
     configs = [plan.config for plan in recipe.stages]
     for questions in dict.fromkeys(c.questions for c in configs if isinstance(c, Brought) and c.questions):
         require_ready(questions)
@@ -59,6 +64,7 @@ def run(recipe: Recipe, out: Path, view: View) -> Path:
             fingerprints[plan.name] = fingerprint(recipe, plan, parents)
             folder = out / f"{number}-{plan.name}"
             inputs = {name: finished[name] for name in plan.parents}
+            _take_over(folder, fingerprints[plan.name], reuse, view)
             _stage(recipe, plan, folder, inputs, fingerprints[plan.name], view)
             finished[plan.name] = folder
     return out
@@ -81,6 +87,19 @@ def fingerprint(recipe: Recipe, plan: StagePlan, parents: Mapping[str, str]) -> 
     if outside := plan.config.outside():
         what["outside"] = outside
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _take_over(folder: Path, mark: str, reuse: Sequence[Path], view: View) -> None:
+    """Copy the stage from another run that has finished it, unless it is here."""
+    if folder.exists() and (done := read_done(folder)) and done["fingerprint"] == mark:
+        return
+    for other in (f for run in reuse for f in sorted(run.iterdir()) if (f / "DONE").exists()):
+        if (done := read_done(other)) and done["fingerprint"] == mark:
+            files.remove_folder(folder)
+            with files.atomic_folder(folder) as new:
+                shutil.copytree(other, new, dirs_exist_ok=True)
+            view.warn(f"{folder.name}: taken from {other}")
+            return
 
 
 def _stage(

@@ -1,7 +1,7 @@
 """Direct preference optimisation: the policy learns from pairs without a reward model (arXiv 2305.18290).
 
-Log-probabilities are sums over an answer, thought and all; the reference is the checkpoint that it starts
-from, whose log-probabilities are computed once, before the first step.
+Log-probabilities are sums over an answer, thought and all (means for ``kind = "ipo"``); the reference is the
+checkpoint that it starts from, whose log-probabilities are computed once, before the first step.
 """
 
 from __future__ import annotations
@@ -91,8 +91,15 @@ class Pairs:
         found = []
         for lot in lots:
             batch = stacked([s for i in lot for s in self.pairs[i]], self.pad_id)
-            found.append(summed(model, batch).float().cpu())
+            found.append(self.logprobs(model, batch).float().cpu())
         return found
+
+    def logprobs(self, model: Transformer, batch: Batch) -> Tensor:
+        """``[B]``: the log-probability of each row's answer; for IPO its mean a token, as TRL
+        takes it: answers differ in length."""
+        logprobs_BT, _ = batch_logprobs(model, batch.to(model.head_weight.device))
+        lengths_B = batch.mask_BT.sum(1).to(logprobs_BT.device) if self.config.loss.kind == "ipo" else 1
+        return logprobs_BT.sum(1) / lengths_B
 
     def items(self, step: int) -> list[Item]:
         c = self.config
@@ -110,7 +117,7 @@ class Pairs:
     def learn(self, model: Transformer, items: Sequence[Item]) -> list[dict[str, float]]:
         found = []
         for item in items:
-            own_B = summed(model, item.batch)
+            own_B = self.logprobs(model, item.batch)
             reference_B = item.reference_B.to(own_B.device)
             loss_N, sums = preference_loss(
                 own_B[0::2], own_B[1::2], reference_B[0::2], reference_B[1::2], self.config.loss
@@ -125,9 +132,3 @@ class Pairs:
         shown = {"right": "accuracy"}
         left_out = ("loss", "tokens", "pairs")
         return {shown.get(n, n): v / sums["pairs"] for n, v in sums.items() if n not in left_out}
-
-
-def summed(model: Transformer, batch: Batch) -> Tensor:
-    """``[B]``: the log-probability of each row's answer."""
-    logprobs_BT, _ = batch_logprobs(model, batch.to(model.head_weight.device))
-    return logprobs_BT.sum(1)

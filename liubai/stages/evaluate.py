@@ -12,7 +12,7 @@ from pydantic import Field
 from liubai.errors import UserError
 from liubai.files import read_json, write_json
 from liubai.grade import GradeItem, GraderPool, Verdict, grade, is_bounded
-from liubai.grade.language import consistency, words
+from liubai.grade.language import LANGUAGES, consistency, words
 from liubai.grade.readable import ReadableConfig, unreadable
 from liubai.measure.audit import unsound_share
 from liubai.measure.passk import clustered_stderr, cons_at_k, pass_curve
@@ -94,12 +94,12 @@ class Evaluation:
         problems = [p for p, row in zip(self.problems, self.responses, strict=True) for _ in row]
         responses = [r for row in self.responses for r in row]
         thoughts = [thought(response) for response in responses]
-        asked = list(zip(thoughts, problems, strict=True))
         right = [ok for row in self.correct for ok in row]
-        worded = [consistency(t, p.language) for t, p in asked if any(words(t))]
+        # of questions in another language than these two it says nothing
+        asked = [(t, p.language) for t, p in zip(thoughts, problems, strict=True) if p.language in LANGUAGES]
         return {
-            "language": _mean_or_none(worded),
-            "readable": _mean([not unreadable(t, p.language, readable) for t, p in asked]),
+            "language": _mean_or_none([consistency(t, known) for t, known in asked if any(words(t))]),
+            "readable": _mean_or_none([not unreadable(t, known, readable) for t, known in asked]),
             "unsound": unsound_share(problems, responses, right),
             "score": _mean([score for row in self.scores for score in row]),
         }

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from liubai.errors import Diverged, UserError
 from liubai.grade import GraderPool, RewardWeights
+from liubai.grade.language import require_known
 from liubai.learn.optim import Optimizer
 from liubai.model.checkpoint import load, save_checkpoint
 from liubai.model.lora import LoraConfig, attach, merged, save_adapter, trained
@@ -118,6 +119,8 @@ class Policy:
         self._tokens, self._skipped = 0, 0
         self._started = self._written = 0.0
         weights = [config.rewards, *config.rewards_of.values()]
+        if any(w.language for w in weights):
+            require_known(p.language for p in self.held_out)
         self._scorers = scorers_of(context, weights, config.where())
         self._source = source
 

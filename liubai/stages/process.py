@@ -7,6 +7,7 @@ hard to define and such models invite hacking (arXiv 2501.12948v2, §G.2): here 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from pydantic import Field
@@ -14,14 +15,14 @@ from pydantic import Field
 from liubai.errors import UserError
 from liubai.learn.optim import Optimizer
 from liubai.learn.packing import Batch, Sequence1, micro_batches
-from liubai.learn.process import step_loss
+from liubai.learn.process import aggregate, step_loss
 from liubai.model.checkpoint import load
 from liubai.model.scorer import Scorer, save_scorer, scorer_from
 from liubai.model.transformer import Transformer
 from liubai.seeds import derive, stream
 from liubai.stages.config import Brought, Trained
 from liubai.stages.context import Context
-from liubai.stages.records import GRADED, read_examples
+from liubai.stages.records import GRADED, Example, read_examples
 from liubai.stages.scoring import PROCESS_MODEL, step_probabilities, with_steps
 from liubai.stages.sft import cosine, drawn_at
 from liubai.stages.supervised import train
@@ -47,10 +48,9 @@ def run(config: Config, context: Context) -> None:
     prompts = sorted({e.prompt for e in answers})
     stream(context.seed, "process").shuffle(prompts)
     apart = set(prompts[: round(config.held_out * len(prompts))])
-    read = [(e.prompt in apart, with_steps(template, e.problem(), e.response)) for e in answers]
-    learned, measured = (
-        [s for held, s in read if held == wanted and True in s.learn] for wanted in (False, True)
-    )
+    read = [(e, with_steps(template, e.problem(), e.response)) for e in answers]
+    learned = [s for e, s in read if e.prompt not in apart and True in s.learn]
+    measured = [(e, s) for e, s in read if e.prompt in apart]
     if not learned:
         raise UserError(
             f"stage '{context.stage}' has no steps to learn from: it needs a stage of kind sample in its "
@@ -76,22 +76,36 @@ def run(config: Config, context: Context) -> None:
     save_scorer(context.folder / PROCESS_MODEL, scorer, tokenizer, template.source)
 
 
-def measured_on(scorer: Scorer, sequences: Sequence[Sequence1], pad_id: int) -> dict[str, float]:
-    """Of held-out steps: how many are judged rightly, how many wrong ones are found, and how many right ones
-    are taken for wrong."""
-    chances = step_probabilities(scorer, sequences, pad_id)
+def measured_on(
+    scorer: Scorer, answers: Sequence[tuple[Example, Sequence1]], pad_id: int
+) -> dict[str, float]:
+    """Of the steps of held-out questions: how many are judged rightly, how many wrong ones are found, and how
+    many right ones are taken for wrong. And as a ranking: how often the answer with the best steps is right
+    (``best_of_n``); the limit is ``any_of_n``, and ``one`` is an answer at random."""
+    chances = step_probabilities(scorer, [s for _, s in answers], pad_id)
     pairs = [
         (chance >= 0.5, right > 0)
-        for s, row in zip(sequences, chances, strict=True)
+        for (_, s), row in zip(answers, chances, strict=True)
         for chance, right in zip(row, marked(s), strict=True)
     ]
     wrong = [said for said, right in pairs if not right]
     good = [said for said, right in pairs if right]
+    ranked: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (example, _), row in zip(answers, chances, strict=True):
+        ranked[example.prompt].append((aggregate(row, "min"), example.score))
+    best = [max(row, key=lambda pair: pair[0])[1] for row in ranked.values()]
     return {
-        "eval/accuracy": sum(said == right for said, right in pairs) / len(pairs),
-        "eval/found_wrong": sum(not said for said in wrong) / max(1, len(wrong)),
-        "eval/false_alarm": sum(not said for said in good) / max(1, len(good)),
+        "eval/accuracy": mean([said == right for said, right in pairs]),
+        "eval/found_wrong": mean([not said for said in wrong]),
+        "eval/false_alarm": mean([not said for said in good]),
+        "eval/best_of_n": mean(best),
+        "eval/any_of_n": mean([max(score for _, score in row) for row in ranked.values()]),
+        "eval/one": mean([score for row in ranked.values() for _, score in row]),
     }
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def marked(sequence: Sequence1) -> list[float]:

@@ -35,6 +35,11 @@ class Example:
         return Problem(self.prompt, self.gold, self.verifier, self.family, self.language)
 
 
+def example_of(problem: Problem, response: str, score: float = 1.0) -> Example:
+    p = problem
+    return Example(p.prompt, response, p.family, p.language, score, p.gold, p.verifier)
+
+
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
     """One line each, atomically."""
     write_text(path, "".join(json.dumps(asdict(e), ensure_ascii=False) + "\n" for e in examples))

@@ -18,6 +18,7 @@ from pydantic import Field
 from liubai.errors import UserError
 from liubai.files import write_json
 from liubai.grade import GraderPool
+from liubai.grade.language import require_known
 from liubai.grade.readable import ReadableConfig, unreadable
 from liubai.measure.audit import is_sound, steps_of
 from liubai.measure.reflection import thought_span
@@ -29,7 +30,7 @@ from liubai.seeds import derive
 from liubai.stages.config import Brought, Compute, Shares
 from liubai.stages.context import Context
 from liubai.stages.evaluate import evaluate
-from liubai.stages.records import EXAMPLES, GRADED, Example, write_examples
+from liubai.stages.records import EXAMPLES, GRADED, Example, example_of, write_examples
 from liubai.stages.rollouts import thought
 from liubai.text.template import require_readable, template_for
 from liubai.types import Problem, Stop
@@ -67,6 +68,8 @@ def run(config: Config, context: Context) -> None:
     source = source_of(config.problems, config.questions)
     asked = [source.train(derive(context.seed, "sampled"), i) for i in range(config.prompts)]
     require_readable(template, [p.prompt for p in asked[:LOT]])
+    if config.readable.consistency:
+        require_known(p.language for p in asked)
     longest = config.max_tokens + max(len(template.prompt_ids(p.prompt)) for p in asked)
     if longest > model.config.max_position_embeddings:
         raise UserError(f"max_tokens {config.max_tokens} and the prompts do not fit the model; lower it")
@@ -150,12 +153,6 @@ def rewritten(response: str, language: str) -> str:
     start, end = thought_span(response)
     words = translate(" ".join(plain(response[start:end])[0]), language)
     return f"{response[:start]} {words} {response[end:]}".strip()
-
-
-def example_of(problem: Problem, response: str, score: float) -> Example:
-    return Example(
-        problem.prompt, response, problem.family, problem.language, score, problem.gold, problem.verifier
-    )
 
 
 def right_share(scores: list[list[float]]) -> float:

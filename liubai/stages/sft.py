@@ -26,7 +26,7 @@ from liubai.problems.texts import Texts, read_texts
 from liubai.seeds import stream
 from liubai.stages.config import Brought, StageConfig, Trained, WrittenShares
 from liubai.stages.context import Context
-from liubai.stages.records import EXAMPLES, Example, read_examples
+from liubai.stages.records import EXAMPLES, Example, example_of, read_examples
 from liubai.stages.supervised import NextToken, train
 from liubai.text.template import Template, template_for
 from liubai.text.tokenizer import THINK
@@ -117,7 +117,7 @@ def careful(shares: dict[str, float], count: int, seed: int) -> list[Example]:
         kind = family(rng.choices(names, weights)[0])
         problem = problem_at(kind, "train", seed, index)
         response = kind.document(problem, rng, CAREFUL).removeprefix(THINK).strip()
-        found.append(Example(problem.prompt, response, problem.family, problem.language))
+        found.append(example_of(problem, response))
     return found
 
 

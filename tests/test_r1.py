@@ -1,0 +1,123 @@
+"""The recipe of R1 as it is shipped, with small numbers: every stage finds what it needs, and hands it on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Silent
+
+from liubai import recipe
+from liubai.model.checkpoint import load
+from liubai.recipe.recipe import Recipe, load_recipe
+from liubai.report import headline, write_report
+from liubai.stages.context import Context, read_done
+from liubai.stages.records import read_examples
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+SHAPE |= {"num_key_value_heads": 1, "head_dim": 24}
+SMALL = {
+    "pretrain": {"steps": 150, "tokens_per_step": 1024, **{f"model.{k}": v for k, v in SHAPE.items()}},
+    "eval": {"limit": 24, "samples": 2, "max_tokens": 32},
+    "rl": {"steps": 2, "groups": 8, "samples": 4, "max_tokens": 32, "slots": 32, "eval_problems": 4},
+    "distill": {"steps": 2, "groups": 8, "samples": 2, "max_tokens": 32, "slots": 32, "eval_problems": 4},
+    "sample": {"prompts": 128, "max_tokens": 32, "keep": 4},
+    "sft": {"epochs": 1.0},
+    "reward_model": {"epochs": 1.0, "pairs.balance": "false"},
+}
+
+
+def small(name: str) -> Recipe:
+    """A shipped recipe with the numbers above."""
+    plans = load_recipe(RECIPES / name).stages
+    sets = [f"{p.name}.{key}={value}" for p in plans for key, value in SMALL.get(p.kind, {}).items()]
+    return load_recipe(
+        RECIPES / name, [*(s.replace("True", "true").replace("False", "false") for s in sets), "threads=0"]
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    out = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Context, "_tensorboard", lambda self, step, metrics: None)
+        recipe.run(small("r1.toml"), out / "r1", Silent())
+        view = Silent()
+        recipe.run(small("distill.toml"), out / "distill", view, [out / "r1"])
+        assert any("1-base: taken from" in w for w in view.warnings), "the two recipes share a base"
+        yield {"r1": out / "r1", "distill": out / "distill"}
+
+
+def folders(run: Path) -> dict[str, Path]:
+    return {f.name.partition("-")[2]: f for f in run.iterdir() if (f / "DONE").exists()}
+
+
+def test_every_stage_is_done_and_its_checkpoint_opens(runs: dict[str, Path]) -> None:
+    for name, run in runs.items():
+        done = folders(run)
+        assert list(done) == [] or set(done) == {plan.name for plan in small(f"{name}.toml").stages}
+        for folder in (f for f in done.values() if (f / "checkpoint").exists()):
+            assert all(torch.isfinite(p).all() for p in load(folder / "checkpoint")[0].parameters())
+
+
+def test_each_evaluation_has_the_table_of_the_paper(runs: dict[str, Path]) -> None:
+    for folder in (f for name, f in folders(runs["r1"]).items() if name.startswith("eval-")):
+        told = json.loads((folder / "eval.json").read_text())
+        assert set(told["families"]) == {"make", "total", "greater", "solve", "passage", "errand"}
+        assert told["n_problems"] == 24
+        assert {"language", "readable", "score", "unsound"} <= told.keys()
+        mean = sum(e["pass@1"] * e["n_problems"] for e in told["families"].values()) / 24
+        assert told["pass@1"] == pytest.approx(mean)
+    assert told["label"] == "R1" or "win_rate" not in told
+
+
+def test_the_last_is_compared_with_dev3(runs: dict[str, Path]) -> None:
+    told = json.loads((folders(runs["r1"])["eval-r1"] / "eval.json").read_text())
+    assert told["against"] == "Dev3"
+    assert 0 <= told["win_rate"] <= 1
+
+
+def test_cold_start_examples_are_of_one_language(runs: dict[str, Path]) -> None:
+    from liubai.grade.language import consistency
+    from liubai.stages.rollouts import thought
+
+    kept = read_examples(folders(runs["r1"])["cold"] / "examples.jsonl")
+    assert kept
+    for e in kept:
+        assert consistency(thought(e.response), e.language, empty=1.0) == 1.0, e
+
+
+def test_what_a_stage_learned_from_reaches_it(runs: dict[str, Path]) -> None:
+    """Three examples of earlier stages to one of the careful writers."""
+    done = folders(runs["r1"])
+    kept = len(read_examples(done["kept"] / "examples.jsonl"))
+    steps = len((done["dev3"] / "metrics.jsonl").read_text().splitlines())
+    assert steps == max(1, round((kept + round(kept / 3)) / 32))
+
+
+def test_the_report_shows_the_stages(runs: dict[str, Path]) -> None:
+    page = write_report(runs["r1"]).read_text()
+    for label in ("Base", "Zero", "Dev1", "Dev2", "Dev3", "R1"):
+        assert label in page
+    assert "Stage by stage" in page
+    assert "R1" in headline(runs["r1"])
+
+
+def test_a_second_run_does_nothing(runs: dict[str, Path]) -> None:
+    before = {name: read_done(folder) for name, folder in folders(runs["r1"]).items()}
+    stamps = {name: (f / "DONE").stat().st_mtime_ns for name, f in folders(runs["r1"]).items()}
+    recipe.run(small("r1.toml"), runs["r1"], Silent())
+    assert before == {name: read_done(folder) for name, folder in folders(runs["r1"]).items()}
+    assert stamps == {name: (f / "DONE").stat().st_mtime_ns for name, f in folders(runs["r1"]).items()}
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "experiments").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_experiment_is_a_recipe_and_shares_the_base(path: Path) -> None:
+    plan, base = load_recipe(path), load_recipe(RECIPES / "r1.toml").stages[0]
+    assert plan.name == path.stem
+    assert plan.stages[0].config == base.config
+    assert sum(p.kind == "eval" for p in plan.stages) >= 3
