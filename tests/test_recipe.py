@@ -313,6 +313,26 @@ def test_what_is_finished_is_reused(recipe: Path, tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("out/*/*")} == before
 
 
+def test_the_same_stage_of_another_run_is_taken_over(recipe: Path, tmp_path: Path) -> None:
+    """Only with the same fingerprint, and once: what is here already is not copied again."""
+    go(recipe, tmp_path / "first")
+    heard = Heard()
+    run(load_recipe(recipe, ["top.share=0.1"]), tmp_path / "second", heard, [tmp_path / "first"])
+    assert heard.reused == {"base": True, "top": False}
+    assert [line for line in heard.said if "taken from" in line] == [
+        f"1-base: taken from {tmp_path / 'first' / '1-base'}"
+    ]
+    go(recipe, tmp_path / "alone", "top.share=0.1")
+    assert contents(tmp_path / "second") == contents(tmp_path / "alone")
+    again = Heard()
+    run(load_recipe(recipe, ["top.share=0.1"]), tmp_path / "second", again, [tmp_path / "first"])
+    assert (again.reused, again.said) == ({"base": True, "top": True}, [])
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="is no run folder; --reuse takes the folder of an earlier run"):
+        run(load_recipe(recipe), tmp_path / "third", Heard(), [tmp_path / "other"])
+    assert not (tmp_path / "third").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "reused"),
     [

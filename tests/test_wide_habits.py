@@ -159,16 +159,21 @@ def test_writers_are_drawn_by_their_shares() -> None:
 # --- patience -------------------------------------------------------------------------------------
 
 
+def possible(problem: Problem) -> list[str]:
+    """The lines of a whole search, in order; of equal numbers some would come twice."""
+    numbers, target = parse(problem.gold)
+    return list(dict.fromkeys(t.write(target) for t in tries(numbers)))
+
+
 @pytest.mark.parametrize("stop", [0.0, 0.25, 1.0])
 def test_a_search_is_given_up_after_a_failed_step(stop: float) -> None:
     """Of the tries that miss, and are not the last possibility, a share of ``stop`` is the last one."""
     given_up = []
     for problem, thought, answer in documents("make", Habits(blind=0.0, stop=stop, patient=0.0)):
-        numbers = parse(problem.gold)[0]
         missed = [line[-1] != ":0" for line in lines_of("make", thought)]
         assert all(missed[:-1]), "nobody goes on after a hit"
         given_up += [False] * (len(missed) - 1)
-        if missed[-1] and len(missed) < len(tries(numbers)):
+        if missed[-1] and len(missed) < len(possible(problem)):
             given_up.append(True)
         if not missed[-1]:
             assert grade(GradeItem("countdown", problem.gold, f"<answer> {answer} </answer>")).correct
@@ -180,12 +185,20 @@ def test_the_methodical_search_in_order(methodical: float, share: float) -> None
     habits = Habits(blind=0.0, stop=0.0, methodical=methodical)
     in_order = []
     for problem, thought, _ in documents("make", habits):
-        numbers, target = parse(problem.gold)
         said = [" ".join(line[1:]) for line in lines_of("make", thought)]
         if len(said) >= 8:  # nobody who jumps about hits upon the first eight by chance
-            in_order.append(said == [t.write(target) for t in tries(numbers)[: len(said)]])
+            in_order.append(said == possible(problem)[: len(said)])
     assert len(in_order) > 1000
     assert near(mean(in_order), share, 0.045)
+
+
+@pytest.mark.parametrize("methodical", [0.0, 1.0])
+def test_the_patient_try_everything_once_where_nothing_helps(methodical: float) -> None:
+    habits = CAREFUL.model_copy(update={"hopeless": 1.0, "methodical": methodical})
+    for problem, thought, _ in documents("make", habits, 200):
+        said = [" ".join(line[1:]) for line in lines_of("make", thought)]
+        assert sorted(said) == sorted(possible(problem))
+        assert (said == possible(problem)) is (methodical == 1)
 
 
 # --- how answers are wrong ------------------------------------------------------------------------
