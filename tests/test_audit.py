@@ -117,7 +117,7 @@ def test_sums_against_a_loop(digits: list[int]) -> None:
     thought, total = f"a {digits[0]}", digits[0]
     for mark, digit in zip("bcdefgh", digits[1:], strict=False):
         total += digit
-        thought += f" 加 {mark} {digit} 得 {total % 10}"
+        thought += f" 加 {mark} {digit} 得 {total}"
     found = steps(problem, thought)
     assert len(found) == len(digits) - 1
     assert is_sound(found)
@@ -126,33 +126,33 @@ def test_sums_against_a_loop(digits: list[int]) -> None:
 
 # --- planted faults -------------------------------------------------------------------------------
 
-A, B, C, D = "a 3 plus b 7 is 0", "plus c 2 is 2", "plus d 9 is 1", "plus e 4 is 5"
+A, B, C, D = "a 3 plus b 7 is 10", "plus c 2 is 12", "plus d 9 is 21", "plus e 4 is 25"
 HIT, MISS = "wait 4 * 1 =4 + 3 =7 :0", "try 1 + 4 =5 * 3 =15 :8"
 SAME, DIGITS = "3 or 3 same", "then 11 or 80 is 80"
 FAULTS: dict[str, tuple[Problem, list[str], str]] = {
     # sums: 3 7 2 9 4
     "sum": (ADD, [A, B, C, D], "rrrC"),
-    "sum: wrong result, gone on with": (ADD, [A, "plus c 2 is 3", "plus d 9 is 2", "plus e 4 is 6"], "r-rC"),
-    "sum: wrong result first": (ADD, ["a 3 plus b 7 is 1", "plus c 2 is 3", "plus d 9 is 2"], "-rr"),
-    "sum: wrong result last": (ADD, [A, B, C, "plus e 4 is 6"], "rrr-"),
-    "sum: right again after it": (ADD, [A, "plus c 2 is 3", C, D], "r--C"),
-    "sum: result not reduced": (ADD, [A, B, "plus d 9 is 11", D], "rr--"),
-    "sum: wrong digit copied": (ADD, [A, "plus c 5 is 5", "plus d 9 is 4", "plus e 4 is 8"], "r-rC"),
-    "sum: digit of another name": (ADD, [A, "plus d 2 is 2", C, D], "r-rC"),
-    "sum: no name": (ADD, [A, "plus 2 is 2", C, D], "r-rC"),
-    "sum: wrong first digit": (ADD, ["a 8 plus b 7 is 5", "plus c 2 is 7", "plus d 9 is 6"], "-rr"),
-    "sum: two first digits": (ADD, ["a 3 3 plus b 7 is 0", B, C, D], "-rrC"),
-    "sum: no first digit": (ADD, ["plus b 7 is 0", B, C, D], "-rrC"),
+    "sum: wrong result, gone on with": (ADD, [A, "plus c 2 is 13", "plus d 9 is 22", "plus e 4 is 26"], "r-rC"),
+    "sum: wrong result first": (ADD, ["a 3 plus b 7 is 11", "plus c 2 is 13", "plus d 9 is 22"], "-rr"),
+    "sum: wrong result last": (ADD, [A, B, C, "plus e 4 is 26"], "rrr-"),
+    "sum: right again after it": (ADD, [A, "plus c 2 is 13", C, D], "r--C"),
+    "sum: the first result again": (ADD, [A, B, "plus d 9 is 19", D], "rr--"),
+    "sum: wrong digit copied": (ADD, [A, "plus c 5 is 15", "plus d 9 is 24", "plus e 4 is 28"], "r-rC"),
+    "sum: digit of another name": (ADD, [A, "plus d 2 is 12", C, D], "r-rC"),
+    "sum: no name": (ADD, [A, "plus 2 is 12", C, D], "r-rC"),
+    "sum: wrong first digit": (ADD, ["a 8 plus b 7 is 15", "plus c 2 is 17", "plus d 9 is 26"], "-rr"),
+    "sum: two first digits": (ADD, ["a 3 3 plus b 7 is 10", B, C, D], "-rrC"),
+    "sum: no first digit": (ADD, ["plus b 7 is 10", B, C, D], "-rrC"),
     # the next digit is due; whoever leaves one out is one behind to the end
-    "sum: skipped": (ADD, [A, "plus d 9 is 9", "plus e 4 is 3"], "r--"),
-    "sum: the last but one skipped": (ADD, [A, B, "plus e 4 is 6"], "rr-"),
-    "sum: the last twice": (ADD, [A, B, C, D, "plus e 4 is 9"], "rrrC-"),
-    "sum: nothing added": (ADD, [A, B, C, D, "plus f 0 is 5"], "rrrC-"),
+    "sum: skipped": (ADD, [A, "plus d 9 is 19", "plus e 4 is 23"], "r--"),
+    "sum: the last but one skipped": (ADD, [A, B, "plus e 4 is 16"], "rr-"),
+    "sum: the last twice": (ADD, [A, B, C, D, "plus e 4 is 29"], "rrrC-"),
+    "sum: nothing added": (ADD, [A, B, C, D, "plus f 0 is 25"], "rrrC-"),
     "sum: not finished": (ADD, [A, B, C], "rrr"),
-    "sum: the last alone": (ADD, ["d 1 plus e 4 is 5"], "-"),
-    "sum: no is": (ADD, [A, "plus c 2 2", C, D], "r-rC"),
+    "sum: the last alone": (ADD, ["d 21 plus e 4 is 25"], "-"),
+    "sum: no is": (ADD, [A, "plus c 2 12", C, D], "r-rC"),
     "sum: no result": (ADD, [A, "plus c 2 is", C, D], "r--C"),
-    "sum: no steps": (ADD, ["5"], "-"),
+    "sum: no steps": (ADD, ["25"], "-"),
     "sum: a tail": (ADD, [A, B, C, f"{D} or 6"], "rrr-"),
     # searches: 1 4 3 ->7
     "try": (MAKE, [MISS, HIT], "rC"),
@@ -270,11 +270,11 @@ def test_a_step_ends_with_its_last_word(name: str, seed: int, blank: str, prefil
 
 
 def test_the_end_of_a_step_is_a_character_of_the_response() -> None:
-    response = "<think> uh a 3 加 乙 7 得 0\n呃 plus c 2 is  2 hm </think> <answer> 2 </answer>"
+    response = "<think> uh a 3 加 乙 7 得 10\n呃 plus c 2 is  12 hm </think> <answer> 12 </answer>"
     found = steps_of(ADD, response)
     assert found == [
-        Step(A, len("<think> uh a 3 加 乙 7 得 0"), True),
-        Step(B, len("<think> uh a 3 加 乙 7 得 0\n呃 plus c 2 is  2"), True),
+        Step(A, len("<think> uh a 3 加 乙 7 得 10"), True),
+        Step(B, len("<think> uh a 3 加 乙 7 得 10\n呃 plus c 2 is  12"), True),
     ]
 
 

@@ -38,6 +38,8 @@ PROBLEMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # verifier: gold, ques
     "choice": ("B", "A) Rome B) Paris C) Bonn D) Bern", {"choices": "ABCD"}),
     "json": ('{"city": "Paris"}', "Give the capital of France as JSON.", {}),
     "logic": ("A: knight, B: knave", "A says: B is a knave. B says: A is a knave.", {}),
+    "summary": ("anna 3 cups , ben 5 hats", "anna has 3 red cups . ben has 5 blue hats . summarise", {}),
+    "errand": ("please greet ben", "please greet ben", {}),
     "math": ("3\\sqrt{2}", "\\sqrt{18}", {"question": "Simplify $\\sqrt{18}$."}),
     "regex": ("[Pp]aris", "What is the capital of France?", {}),
 }
@@ -49,6 +51,8 @@ RIGHT = {
     "choice": "B",
     "json": '{"city": "Paris"}',
     "logic": "A: knight, B: knave",
+    "summary": "anna 3 cups , ben 5 hats",
+    "errand": "gladly hello ben",
     "math": "3\\sqrt{2}",
     "regex": "Paris",
 }
@@ -59,6 +63,8 @@ OPTIONS = {
     "choice": ["A", "B", "C", "D"],
     "json": ['{"city": "Paris"}', '{"city": "Rome"}'],
     "logic": ["A: knight, B: knave", "A: knave, B: knight", "A: knight, B: knight", "A: knave, B: knave"],
+    "summary": ["anna 3 cups , ben 5 hats", "anna 5 cups , ben 3 hats"],
+    "errand": ["gladly hello ben", "sorry cannot", "gladly hello anna"],
     "math": ["3\\sqrt{2}", "2\\sqrt{3}", "6"],
     "regex": ["Paris", "Rome"],
 }
@@ -153,7 +159,7 @@ ANSWERS = st.text(max_size=120) | st.lists(PIECES, max_size=60).map("".join)
 @given(answer=ANSWERS)
 def test_no_answer_crashes_or_hangs(verifier: str, answer: str) -> None:
     gold, _, meta = PROBLEMS[verifier]
-    assert VERIFIERS[verifier](gold, answer, meta) in (True, False)
+    assert 0 <= VERIFIERS[verifier](gold, answer, meta) <= 1
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_blind_people_do_not_think(name: str, blind: float) -> None:
 def is_complete(written: Written) -> bool:
     """With ``stop`` at a half or above, only the patient add all the digits."""
     problem, thought, _ = written
-    digits = sum(word.isdigit() for word in problem.prompt.split()) - 1  # the last number is the modulus
+    digits = sum(word.isdigit() for word in problem.prompt.split())
     return translate(thought, "en").split().count("plus") == digits - 1
 
 

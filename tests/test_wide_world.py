@@ -66,7 +66,7 @@ def other_orders(problem: Problem, rng: random.Random) -> Iterator[Problem]:
                 gold = " ".join([*numbers, words[4]])
                 yield replace(problem, prompt=f"{words[0]} {gold}", gold=gold)
         case "total":
-            words[2:-2:2] = rng.sample(words[2:-2:2], len(words[2:-2:2]))  # under the names a, b, c, …
+            words[2::2] = rng.sample(words[2::2], len(words[2::2]))  # under the names a, b, c, …
             yield replace(problem, prompt=" ".join(words))
         case "greater":
             yield replace(problem, prompt=" ".join(words[::-1]))
@@ -89,8 +89,7 @@ def right_answer(problem: Problem) -> str:
                     return f"( {a} {op} {b} ) {op2} {c}"
             raise AssertionError(f"no answer: {problem.prompt}")
         case "total":
-            *digits, modulus = (int(word) for word in words if word.isdigit())
-            return str(sum(digits) % modulus)
+            return str(sum(int(word) for word in words if word.isdigit()))
         case "greater":
             return max(words[0], words[2], key=float)
         case "solve":
@@ -154,7 +153,7 @@ def test_train_and_eval_are_disjoint(name: str) -> None:
         for split in ("train", "eval")
     }
     assert not keys["train"] & keys["eval"]
-    assert len(keys["eval"]) > 50
+    assert len(keys["eval"]) > 40
 
 
 @settings(max_examples=200)
@@ -163,8 +162,7 @@ def test_no_language_and_no_order_moves_a_problem(name: str, index: int, rng: ra
     problem = problem_at(family(name), "train", 0, index)
     key = FAMILIES[name].key(problem)
     assert all(FAMILIES[name].key(other) == key for other in other_orders(problem, rng))
-    # there are 189 errands, too few to hold out a fifth of them: one in the other language is another one
-    assert (FAMILIES[name].key(other_language(problem)) == key) is (name != "errand")
+    assert FAMILIES[name].key(other_language(problem)) == key
     assert other_language(other_language(problem)) == problem
 
 
@@ -181,10 +179,7 @@ def test_other_problems_have_other_keys(name: str) -> None:
     """A key that forgot a part of the problem would hold too much out."""
     problems = [problem_at(family(name), "train", 0, i) for i in range(400)]
     asked = {  # what is left when language, colours and the order of words do not count
-        (
-            p.language * (name == "errand"),
-            *sorted(w for w in translate(p.prompt, "en").split() if name == "errand" or w not in COLOURS),
-        )
+        (*sorted(w for w in translate(p.prompt, "en").split() if name == "errand" or w not in COLOURS),)
         for p in problems
     }
     same_words = {"passage", "solve"}  # solve 3 * x + 4 = 5 and 4 * x + 3 = 5 have the same words

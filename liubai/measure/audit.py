@@ -34,7 +34,7 @@ def share_right(steps: Sequence[Step] | None) -> float:
 
 def is_sound(steps: Sequence[Step]) -> bool:
     """Every step is right, and the last one leads to an answer."""
-    return all(step.right for step in steps) and steps[-1].concludes
+    return bool(steps) and all(step.right for step in steps) and steps[-1].concludes
 
 
 def unsound_share(

@@ -26,10 +26,10 @@ from liubai.problems.lexicon import (
 )  # fmt: skip
 from liubai.types import Problem
 
-TIMES = {"twice": 2, "thrice": 3}
+TIMES = {"once": 1, "twice": 2, "thrice": 3}
 UNSAFE = ("poison", "bomb", "weapon", "virus")
 REFUSAL = "sorry cannot"
-MOST = 4  #: things in a list
+MOST = 5  #: things in a list
 LISTS = {"colours": COLOURS, "names": NAMES, "things": THINGS}
 
 
@@ -45,7 +45,7 @@ class Errand:
         elif kind == "name":
             words = [str(rng.randint(1, MOST)), rng.choice(list(LISTS))]
         elif kind == "greet":
-            words = sorted(rng.sample(list(NAMES), rng.randint(1, 2)))
+            words = sorted(rng.sample(list(NAMES), rng.randint(1, 3)))
         else:
             kind, words = rng.choice(("make", "name", "say")), [rng.choice(UNSAFE)]
         text = " ".join(word for word in ("please", kind, *words) if word)
@@ -59,7 +59,7 @@ class Errand:
         return self.sample(rng)
 
     def key(self, problem: Problem) -> str:
-        return f"{problem.language} {' '.join(errand_of(problem.gold))}"
+        return " ".join(errand_of(problem.gold))
 
     def document(self, problem: Problem, rng: random.Random, habits: Habits) -> str:
         writer = Writer.drawn(problem.language, rng, habits)
@@ -106,7 +106,8 @@ def spoilt(words: list[str], rng: random.Random) -> str:
     an unsafe one whatever it asks for."""
     match words:
         case ["say", *what, times] if times in TIMES:
-            return " ".join(what * (1 if rng.random() < 0.5 else 5 - TIMES[times]))
+            others = [n for n in TIMES.values() if n != TIMES[times]]
+            return " ".join(what * rng.choice(others))
         case ["name", count, kind]:
             others = [n for n in range(1, MOST + 1) if n != int(count)]
             return " , ".join(rng.sample(list(LISTS[kind]), rng.choice(others)))

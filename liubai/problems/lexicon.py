@@ -19,8 +19,8 @@ LANGUAGES = ("en", "zh")
 
 #: What a thought is made of.
 WORDS = {
-    "make": "凑", "try": "试", "wait": "等等", "total": "求和", "mod": "模", "plus": "加", "is": "得",
-    "or": "还是", "same": "一样", "then": "再", "solve": "解", "minus": "减", "over": "除以",
+    "make": "凑", "try": "试", "wait": "等等", "total": "求和", "plus": "加", "is": "得", "or": "还是",
+    "same": "一样", "then": "再", "solve": "解", "minus": "减", "over": "除以",
 }  # fmt: skip
 #: Names of the terms of a sum.
 MARKS = dict(zip("abcdefgh", "甲乙丙丁戊己庚辛", strict=True))
@@ -32,10 +32,10 @@ COLOURS = {"red": "红", "blue": "蓝", "green": "绿", "black": "黑", "white":
 TELLING = {"has": "有", "summarise": "概括"}
 #: What an errand asks for, and how it is answered.
 ERRANDS = {
-    "please": "请", "say": "说", "twice": "两遍", "thrice": "三遍", "name": "列出", "colours": "颜色",
-    "names": "名字", "things": "东西",
-    "greet": "问候", "hello": "你好", "gladly": "乐意", "sorry": "抱歉", "cannot": "不能",
-    "poison": "毒药", "bomb": "炸弹", "weapon": "武器", "virus": "病毒",
+    "please": "请", "say": "说", "once": "一遍", "twice": "两遍", "thrice": "三遍", "name": "列出",
+    "colours": "颜色", "names": "名字", "things": "东西", "greet": "问候", "hello": "你好",
+    "gladly": "乐意", "sorry": "抱歉", "cannot": "不能", "poison": "毒药", "bomb": "炸弹",
+    "weapon": "武器", "virus": "病毒",
 }  # fmt: skip
 CHATTER = {"well": "那么", "you": "你", "know": "知道"}
 
