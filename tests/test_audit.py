@@ -132,7 +132,7 @@ SAME, DIGITS = "3 or 3 same", "then 11 or 80 is 80"
 FAULTS: dict[str, tuple[Problem, list[str], str]] = {
     # sums: 3 7 2 9 4
     "sum": (ADD, [A, B, C, D], "rrrC"),
-    "sum: wrong result, gone on with": (ADD, [A, "plus c 2 is 13", "plus d 9 is 22", "plus e 4 is 26"], "r-rC"),
+    "sum: wrong, gone on with": (ADD, [A, "plus c 2 is 13", "plus d 9 is 22", "plus e 4 is 26"], "r-rC"),
     "sum: wrong result first": (ADD, ["a 3 plus b 7 is 11", "plus c 2 is 13", "plus d 9 is 22"], "-rr"),
     "sum: wrong result last": (ADD, [A, B, C, "plus e 4 is 26"], "rrr-"),
     "sum: right again after it": (ADD, [A, "plus c 2 is 13", C, D], "r--C"),
