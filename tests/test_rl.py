@@ -21,6 +21,7 @@ from liubai.model.lora import load_adapter, merged
 from liubai.rollout.engine import Request
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.stages.context import Context
+from liubai.stages.policy import lr_scale
 from liubai.text.tokenizer import TextTokenizer
 from liubai.types import Group, Sample
 
@@ -238,8 +239,8 @@ def test_three_nonfinite_steps_in_a_row_stop_the_run(
 
 def test_learning_rate_rises_and_falls() -> None:
     config = config_of(steps=8, warmup=3, decay=0.25)
-    assert [rl.lr_scale(config, step) for step in range(8)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.5]
-    assert [rl.lr_scale(config_of(steps=3), step) for step in range(3)] == [1.0] * 3
+    assert [lr_scale(config, step) for step in range(8)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.5]
+    assert [lr_scale(config_of(steps=3), step) for step in range(3)] == [1.0] * 3
 
 
 def test_rl_raises_the_reward(base: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ class Context:
         if model:
             raise UserError(f"stage '{self.stage}' names a model and an earlier stage; it begins with one")
         names = ", ".join(self.inputs) or "none"
-        if self.inputs and not found:
+        if len(self.inputs) == 1 and not found:
             raise UserError(f"stage '{self.stage}' needs a checkpoint, but stage '{names}' wrote none")
         if len(found) != 1:
             raise UserError(
