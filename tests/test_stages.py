@@ -115,7 +115,9 @@ STAGES: dict[str, tuple[ModuleType, dict[str, Any], tuple[str, ...], tuple[int, 
     "distill": (distill, POLICY, ("small", "base"), (1, 3, 4)),
     "language": (
         rl,
-        POLICY | {"rewards": {"language": 1.0, "process": 1.0, "overlong": -0.5}},
+        POLICY
+        | {"problems": {"greater": 1.0}}
+        | {"rewards": {"language": 1.0, "process": 1.0, "overlong": -0.5}},
         ("base",),
         (3,),
     ),
@@ -274,7 +276,7 @@ def test_why_an_answer_is_no_example(response: str, why: str) -> None:
 
 
 def test_nothing_kept_is_said(wide: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"kept none of 6 answers \(.*wrong.*\); ask more, or filter less"):
+    with pytest.raises(UserError, match=r"kept none of 6 answers \(6 cut off\); ask more, or filter less"):
         run("sample", wide, tmp_path / "s", problems={"make": 1.0}, prompts=3, max_tokens=2)
 
 

@@ -27,6 +27,9 @@ class Source(Protocol):
     def longest(self, length: Callable[[str], int]) -> int:
         """The greatest ``length`` of a prompt that ``train`` or ``held_out`` may give."""
 
+    def languages(self) -> set[str]:
+        """Of all questions."""
+
 
 class Families:
     """Generated problems; ``shares`` say how often each family's turn is."""
@@ -50,8 +53,12 @@ class Families:
         ]
 
     def longest(self, length: Callable[[str], int]) -> int:
-        # training problems may be a little longer than those that were looked at
-        return 2 * max(length(problem.prompt) for problem in self.held_out(64))
+        seen = [problem_at(family(name), "train", 0, i) for name in self.shares for i in range(64)]
+        # there may be problems that are a little longer than those that were looked at
+        return 2 * max(length(problem.prompt) for problem in seen)
+
+    def languages(self) -> set[str]:
+        return {problem_at(family(name), "train", 0, i).language for name in self.shares for i in range(64)}
 
 
 class Bank:
@@ -84,6 +91,9 @@ class Bank:
 
     def longest(self, length: Callable[[str], int]) -> int:
         return max(length(problem.prompt) for problem in [*self._train, *self._held_out])
+
+    def languages(self) -> set[str]:
+        return {problem.language for problem in [*self._train, *self._held_out]}
 
 
 def source_of(problems: Mapping[str, float], questions: Questions | None) -> Source:

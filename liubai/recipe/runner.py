@@ -95,7 +95,7 @@ def _take_over(folder: Path, mark: str, reuse: Sequence[Path], view: View) -> No
         return
     for other in (f for run in reuse for f in sorted(run.iterdir()) if (f / "DONE").exists()):
         if (done := read_done(other)) and done["fingerprint"] == mark:
-            files.remove_folder(folder)
+            files.remove_folder(folder.parent / "tensorboard" / folder.name.partition("-")[2])
             with files.atomic_folder(folder) as new:
                 shutil.copytree(other, new, dirs_exist_ok=True)
             view.warn(f"{folder.name}: taken from {other}")

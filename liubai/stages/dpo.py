@@ -52,7 +52,7 @@ def run(config: Config, context: Context) -> None:
     model, tokenizer = load(parent, dtype=config.dtype(), device=config.where())
     template = template_for(tokenizer, parent)
     model.checkpointing = config.checkpointing
-    learned, _ = pairs_of(config.pairs, context)
+    learned, _ = pairs_of(config.pairs, context, lambda e: len(encoded(template, e).ids))
     pairs = [(encoded(template, p.chosen), encoded(template, p.rejected)) for p in learned]
     lesson = Pairs(config, context.seed, tokenizer.pad_id, pairs, model)
     steps = max(1, round(config.epochs * len(pairs) / config.batch))

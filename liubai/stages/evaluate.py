@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +83,16 @@ class Evaluation:
 
     @property
     def scores(self) -> list[list[float]]:
-        """What each answer is worth, from 0 to 1: nothing when it was cut off."""
+        """What each answer is worth, from 0 to 1: nothing when it was cut off, NaN when it could not be
+        graded."""
+
+        def worth(verdict: Verdict, sample: Sample) -> float:
+            if verdict.error is not None:
+                return math.nan
+            return verdict.parts["correct"] * (sample.stop is Stop.EOS)
+
         return [
-            [v.parts["correct"] * (s.stop is Stop.EOS) for v, s in zip(*pair, strict=True)]
+            [worth(v, s) for v, s in zip(*pair, strict=True)]
             for pair in zip(self.verdicts, self.samples, strict=True)
         ]
 
@@ -101,7 +109,7 @@ class Evaluation:
             "language": _mean_or_none([consistency(t, known) for t, known in asked if any(words(t))]),
             "readable": _mean_or_none([not unreadable(t, known, readable) for t, known in asked]),
             "unsound": unsound_share(problems, responses, right),
-            "score": _mean([score for row in self.scores for score in row]),
+            "score": _mean_or_none([s for row in self.scores for s in row if not math.isnan(s)]),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -283,7 +291,10 @@ def run(config: Config, context: Context) -> None:
     if not isinstance(config.problems, str) and not config.questions:
         parts = {name: result.of(name) for name in config.problems}
         figures["families"] = {n: e.summary() | e.process(config.readable) for n, e in parts.items()}
-    scores = [[p.prompt, row] for p, row in zip(result.problems, result.scores, strict=True)]
+    scores = [
+        [p.prompt, [score for score in row if not math.isnan(score)]]
+        for p, row in zip(result.problems, result.scores, strict=True)
+    ]
     write_json(context.folder / SCORES, {"scores": scores})
     if context.given(SCORES):
         figures |= wins(result, context)
@@ -300,7 +311,8 @@ def wins(result: Evaluation, context: Context) -> dict[str, Any]:
     theirs = dict(read_json(path)["scores"])
     ours = list(zip(result.problems, result.scores, strict=True))
     general = [(p, row) for p, row in ours if p.verifier in GENERAL] or ours
-    pairs = [(a, b) for p, row in general for a in row for b in theirs.get(p.prompt, ())]
+    graded = [(p.prompt, a) for p, row in general for a in row if not math.isnan(a)]
+    pairs = [(a, b) for prompt, a in graded for b in theirs.get(prompt, ())]
     if not pairs:
         raise UserError(f"the evaluation '{path.parent.name}' was asked other problems; give both the same")
     won = _mean([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs])

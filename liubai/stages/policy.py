@@ -26,9 +26,12 @@ from torch import Tensor
 from liubai.errors import Diverged, UserError
 from liubai.grade import GraderPool, RewardWeights
 from liubai.grade.language import require_known
+from liubai.grade.readable import ReadableConfig
 from liubai.learn.optim import Optimizer
 from liubai.model.checkpoint import load, save_checkpoint
 from liubai.model.lora import LoraConfig, attach, merged, save_adapter, trained
+from liubai.problems import FAMILIES, family
+from liubai.problems.family import Audited
 from liubai.problems.source import source_of
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive
@@ -120,9 +123,22 @@ class Policy:
         self._started = self._written = 0.0
         weights = [config.rewards, *config.rewards_of.values()]
         if any(w.language for w in weights):
-            require_known(p.language for p in self.held_out)
+            require_known(source.languages())
+        self._require_steps()
         self._scorers = scorers_of(context, weights, config.where())
         self._source = source
+
+    def _require_steps(self) -> None:
+        """A process reward of steps that nobody can check would be 0 for every answer, without a word."""
+        c = self.config
+        asked = ["questions of a file"] if c.questions else c.problems
+        for name in asked:
+            weights = c.rewards_of.get(name, c.rewards)
+            if weights.process and (c.questions or not isinstance(family(name), Audited)):
+                raise UserError(
+                    f"rewards.process = {weights.process}: nobody can check the steps of {name}; it is for "
+                    f"{', '.join(n for n, f in FAMILIES.items() if isinstance(f, Audited))}"
+                )
 
     def __enter__(self) -> Self:
         config = self.config
@@ -248,7 +264,9 @@ class Policy:
             pool=self.pool,
         )
         self.context.samples(step, probe_records(result, config.probes))
-        return result.as_metrics()
+        thoughts = result.process(ReadableConfig())
+        said = {name: thoughts[name] for name in ("readable", "unsound")}
+        return result.as_metrics() | {name: value for name, value in said.items() if value is not None}
 
     def save(self) -> None:
         """The checkpoint that the stage leaves, and the adapter if it trained one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -37,9 +37,12 @@ class PairConfig(BaseModel):
     held_out: float = Field(0.1, ge=0, lt=1, description="share of the questions to measure accuracy on")
 
 
-def pairs_of(config: PairConfig, context: Context) -> tuple[list[Pair], list[Pair]]:
+def pairs_of(
+    config: PairConfig, context: Context, length: Callable[[Example], int]
+) -> tuple[list[Pair], list[Pair]]:
     """(to learn from, to measure with), from all ``graded.jsonl`` of the stages before; the questions of the
-    two are different. Raises ``UserError`` when there are none."""
+    two are different. ``length`` counts the tokens that the learner reads of an answer. Raises ``UserError``
+    when there are none."""
     answers: dict[str, list[Example]] = defaultdict(list)
     for path in context.given(GRADED):
         for example in read_examples(path):
@@ -53,7 +56,7 @@ def pairs_of(config: PairConfig, context: Context) -> tuple[list[Pair], list[Pai
     )
     learned = [_mistaken(pair, i, config, context.seed) for i, pair in enumerate(learned)]
     if config.balance:
-        lengths = [(len(p.chosen.response.split()), len(p.rejected.response.split())) for p in learned]
+        lengths = [(length(p.chosen), length(p.rejected)) for p in learned]
         learned = [learned[i] for i in length_balanced(lengths)]
     if not learned:
         raise UserError(

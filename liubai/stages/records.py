@@ -30,14 +30,15 @@ class Example:
     score: float = 1.0
     gold: str = ""
     verifier: str = ""
+    ended: bool = True  #: by the model itself; what was cut off must not be taught an end
 
     def problem(self) -> Problem:
         return Problem(self.prompt, self.gold, self.verifier, self.family, self.language)
 
 
-def example_of(problem: Problem, response: str, score: float = 1.0) -> Example:
+def example_of(problem: Problem, response: str, score: float = 1.0, ended: bool = True) -> Example:
     p = problem
-    return Example(p.prompt, response, p.family, p.language, score, p.gold, p.verifier)
+    return Example(p.prompt, response, p.family, p.language, score, p.gold, p.verifier, ended)
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
@@ -48,7 +49,10 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
 def read_examples(path: Path) -> list[Example]:
     """Raises ``UserError`` with file and line for what is no example."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # not splitlines: an answer may hold other line ends than ours
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line:
+            continue
         try:
             found.append(Example(**json.loads(line)))
         except (ValueError, TypeError) as error:

@@ -49,7 +49,9 @@ def run(config: Config, context: Context) -> None:
     template = template_for(tokenizer, parent)
     scorer = scorer_from(model, derive(context.seed, "score"))
     scorer.checkpointing = config.checkpointing
-    learned, measured = pairs_of(config.pairs, context)
+    learned, measured = pairs_of(
+        config.pairs, context, lambda e: len(without_thought(template, e.prompt, e.response).ids)
+    )
     lesson = Preferences(config, context.seed, template, learned)
     steps = max(1, round(config.epochs * len(learned) / config.batch))
 

@@ -43,6 +43,9 @@ def rollout_metrics(graded: Sequence[GradedGroup], version: int) -> dict[str, fl
         metrics["length/right"] = _mean(right)
     if wrong:
         metrics["length/wrong"] = _mean(wrong)
+    for name in sorted({name for a in answers for name in a.findings}):
+        shown = "language" if name == "language" else f"{name}/score"
+        metrics[shown] = _mean([a.findings[name] for a in answers if name in a.findings])
     for name in sorted(parts):
         metrics[f"reward/{name}"] = _mean([r.parts.get(name, 0.0) for r in rewards])
     return metrics

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import astuple
 from typing import Any
 
 from pydantic import Field
@@ -23,6 +24,7 @@ from liubai.grade.readable import ReadableConfig, unreadable
 from liubai.measure.audit import is_sound, steps_of
 from liubai.measure.reflection import thought_span
 from liubai.model.checkpoint import load
+from liubai.problems import WIDE
 from liubai.problems.lexicon import plain, translate
 from liubai.problems.source import source_of
 from liubai.rollout.torch_engine import TorchEngine
@@ -68,8 +70,14 @@ def run(config: Config, context: Context) -> None:
     source = source_of(config.problems, config.questions)
     asked = [source.train(derive(context.seed, "sampled"), i) for i in range(config.prompts)]
     require_readable(template, [p.prompt for p in asked[:LOT]])
-    if config.readable.consistency:
+    if config.readable.consistency or config.rewrite:
         require_known(p.language for p in asked)
+    wide = {f.name for f in WIDE}
+    if config.rewrite and (config.questions or not set(config.problems) <= wide):
+        raise UserError(
+            f"stage '{context.stage}': rewrite = true carries words over by the wide world's dictionary, for "
+            f"the families {', '.join(sorted(wide))} only"
+        )
     longest = config.max_tokens + max(len(template.prompt_ids(p.prompt)) for p in asked)
     if longest > model.config.max_position_embeddings:
         raise UserError(f"max_tokens {config.max_tokens} and the prompts do not fit the model; lower it")
@@ -83,6 +91,7 @@ def run(config: Config, context: Context) -> None:
         kept, graded = ([Example(*row) for row in state.meta[name]] for name in ("kept", "graded"))
         dropped, first = Counter(state.meta["dropped"]), state.step
     seen = {(e.prompt, e.response) for e in kept}
+    mine = Counter(e.prompt for e in kept)  # a problem may be asked more than once
     lots = -(-len(asked) // LOT)
     with GraderPool(timeout_s=config.grader_timeout) as pool:
         for lot in range(first, lots):
@@ -101,27 +110,31 @@ def run(config: Config, context: Context) -> None:
                 pool=pool,
             )
             for i, problem in enumerate(result.problems):
-                mine = 0
-                for sample, response, score in zip(
-                    result.samples[i], result.responses[i], result.scores[i], strict=True
-                ):
-                    graded.append(example_of(problem, response, score))
+                answers = zip(
+                    result.samples[i], result.responses[i], result.scores[i], result.verdicts[i], strict=True
+                )
+                for sample, response, score, verdict in answers:
+                    if verdict.error is not None:  # nothing is known of it: neither good nor bad
+                        dropped["not graded"] += 1
+                        continue
+                    ended = sample.stop is Stop.EOS
+                    graded.append(example_of(problem, response, score, ended))
                     if config.rewrite:
                         response = rewritten(response, problem.language)
-                    why = "" if sample.stop is Stop.EOS else "cut off"
-                    why = why or faults(problem, response, score, config)
-                    if not why and mine >= config.keep:
+                    why = faults(problem, response, score, config) if ended else "cut off"
+                    if not why and mine[problem.prompt] >= config.keep:
                         why = "enough of this problem"
                     if not why and (problem.prompt, response) in seen:
                         why = "duplicate"
                     if why:
                         dropped[why] += 1
                         continue
-                    mine += 1
+                    mine[problem.prompt] += 1
                     seen.add((problem.prompt, response))
                     kept.append(example_of(problem, response, score))
             written = sum(len(s.completion_ids) for row in result.samples for s in row)
-            numbers = {"kept": len(kept), "asked": (lot + 1) * LOT * config.samples}
+            done = min((lot + 1) * LOT, len(asked))
+            numbers = {"kept": len(kept), "asked": done * config.samples}
             speed = written / (time.perf_counter() - begun)
             context.log(lot + 1, lots, {**numbers, "accuracy": right_share(result.scores), "tokens/s": speed})
             if lot + 1 < lots:
@@ -135,7 +148,8 @@ def run(config: Config, context: Context) -> None:
         )
     write_examples(context.folder / GRADED, graded)
     write_examples(context.folder / EXAMPLES, kept)
-    write_json(context.folder / "sample.json", {"asked": len(graded), "kept": len(kept), "dropped": dropped})
+    told = {"asked": len(graded) + dropped["not graded"], "kept": len(kept), "dropped": dropped}
+    write_json(context.folder / "sample.json", told)
 
 
 def faults(problem: Problem, response: str, score: float, config: Config) -> str:
@@ -161,4 +175,4 @@ def right_share(scores: list[list[float]]) -> float:
 
 
 def rows(examples: list[Example]) -> list[list[Any]]:
-    return [[e.prompt, e.response, e.family, e.language, e.score, e.gold, e.verifier] for e in examples]
+    return [list(astuple(e)) for e in examples]

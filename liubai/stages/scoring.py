@@ -6,6 +6,7 @@ They read text, as any judge does; what they read is never trained on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from liubai.errors import UserError
 from liubai.files import read_json
 from liubai.grade import RewardWeights
-from liubai.grade.extract import END_THINK
+from liubai.grade.extract import END_THINK, THINK
 from liubai.learn.packing import Batch, Sequence1, micro_batches
 from liubai.learn.process import aggregate
 from liubai.measure.audit import share_right, steps_of
@@ -86,13 +87,15 @@ def checked_steps(answers: Sequence[tuple[Problem, str]]) -> list[float]:
 def without_thought(template: Template, prompt: str, response: str) -> Sequence1:
     """Question, an empty thought, answer: what a reward model reads."""
     tokenizer = template.tokenizer
-    said = response.rpartition(END_THINK)[2].strip()
+    closed, opened = END_THINK in response, template.prefilled.endswith(THINK) or THINK in response
+    # a thought that never ends has said nothing: or never to end it would be a way of being heard
+    said = "" if opened and not closed else response.rpartition(END_THINK)[2].strip()
     text = f"{template.render(prompt)} {END_THINK} {said}"
     ids = [*tokenizer.encode(text), tokenizer.eos_id]
     return Sequence1(ids, [False] * len(ids))
 
 
-def with_steps(template: Template, problem: Problem, response: str, label: bool = False) -> Sequence1:
+def with_steps(template: Template, problem: Problem, response: str) -> Sequence1:
     """Question and thought as a process reward model reads them: the mask marks the last token of each step
     (aligned as in :class:`Batch`: with the position before it), and so does value ``right``, 1 or 0."""
     tokenizer = template.tokenizer
@@ -143,10 +146,8 @@ def step_probabilities(scorer: Scorer, sequences: Sequence[Sequence1], pad_id: i
 
 def numbered(sequences: Sequence[Sequence1], pad_id: int) -> list[tuple[list[int], Batch]]:
     """Micro-batches, and which sequences their rows are."""
-    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))  # as micro_batches does
-    found, at = [], 0
-    for batch in micro_batches(sequences, pad_id, TOKENS):
-        rows = order[at : at + len(batch.ids_BT)]
-        at += len(rows)
-        found.append((rows, batch))
-    return found
+    marked = [
+        replace(s, values={**s.values, "number": [float(i)] * len(s.ids)}) for i, s in enumerate(sequences)
+    ]
+    batches = micro_batches(marked, pad_id, TOKENS)
+    return [(b.values["number"][:, 0].long().tolist(), b) for b in batches]

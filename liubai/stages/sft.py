@@ -29,7 +29,7 @@ from liubai.stages.context import Context
 from liubai.stages.records import EXAMPLES, Example, example_of, read_examples
 from liubai.stages.supervised import NextToken, train
 from liubai.text.template import Template, template_for
-from liubai.text.tokenizer import THINK
+from liubai.text.tokenizer import END_THINK, THINK
 
 
 class Config(Brought, Trained):
@@ -44,6 +44,7 @@ class Config(Brought, Trained):
     #: families whose careful writers add examples
     careful: WrittenShares | None = None
     careful_share: float = Field(1 / 3, ge=0, description="careful examples for each of the others")
+    rude: float = Field(0.0, ge=0, le=1, description="share of them that do an errand without courtesy")
     limit: int = Field(0, ge=0, description="examples of the stages before, at most; 0: all")
     lora: LoraConfig | None = None
     save_every: int = Field(50, gt=0)
@@ -99,7 +100,8 @@ def examples(config: Config, context: Context) -> list[Example]:
     if config.texts:
         found += [Example(t.prompt, t.text) for t in read_texts(config.texts)]
     if config.careful:
-        found += careful(config.careful, round(len(found) * config.careful_share), context.seed)
+        count = round(len(found) * config.careful_share)
+        found += careful(config.careful, count, context.seed, config.rude)
     if not found:
         raise UserError(
             f"stage '{context.stage}' has no examples to learn from: name a stage of kind sample in its "
@@ -108,27 +110,32 @@ def examples(config: Config, context: Context) -> list[Example]:
     return found
 
 
-def careful(shares: dict[str, float], count: int, seed: int) -> list[Example]:
-    """Examples by people who think everything through and are polite, about train problems."""
+def careful(shares: dict[str, float], count: int, seed: int, rude: float = 0.0) -> list[Example]:
+    """Examples by people who think everything through, about train problems."""
+    habits = CAREFUL.model_copy(update={"rude": rude})
     names, weights = list(shares), list(shares.values())
     found = []
     for index in range(count):
         rng = stream(seed, "careful", index)
         kind = family(rng.choices(names, weights)[0])
         problem = problem_at(kind, "train", seed, index)
-        response = kind.document(problem, rng, CAREFUL).removeprefix(THINK).strip()
+        response = kind.document(problem, rng, habits).removeprefix(THINK).strip()
         found.append(example_of(problem, response))
     return found
 
 
 def encoded(template: Template, example: Example) -> Sequence1:
-    """Prompt and response with the end token; what the prompt's template writes is not written twice."""
+    """Prompt and response with the end token; ``<think>`` once, by the template or by the answer."""
     tokenizer = template.tokenizer
     prompt = template.prompt_ids(example.prompt)
-    response = example.response.strip()
+    response = example.response
     if template.prefilled.endswith(THINK):
-        response = response.removeprefix(THINK).strip()
-    answer = [*tokenizer.encode(response), tokenizer.eos_id]
+        response = response.removeprefix(THINK)
+    elif not template.prefilled and END_THINK in response and THINK not in response:
+        response = THINK + response
+    answer = tokenizer.encode(response)
+    if example.ended:
+        answer.append(tokenizer.eos_id)
     return Sequence1([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
 
 
