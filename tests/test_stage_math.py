@@ -291,9 +291,12 @@ def losses_of(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("kl", ["reverse", "forward"])
-def test_a_student_that_is_the_teacher_learns_nothing(models: Path, tmp_path: Path, kl: str) -> None:
-    folder = distilled(models, tmp_path / "d", "one", "one", kl=kl, steps=3, lr=1e-4)
-    assert all(abs(loss) < 1e-6 for loss in losses_of(folder))
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(models: Path, tmp_path: Path, kl: str) -> None:
+    """Its gradient is that of a rounding, and a step too short for that changes no word."""
+    folder = distilled(models, tmp_path / "d", "one", "one", kl=kl, lr=1e-8)
+    rows = [row for row in rows_of(folder) if "loss" in row]
+    assert len(rows) == 6
+    assert all(abs(row["loss"]) < 1e-6 and row["grad_norm"] < 1e-5 for row in rows)
     for p, q in zip(model_of(models / "one").parameters(), model_of(folder).parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 

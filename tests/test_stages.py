@@ -21,9 +21,10 @@ from liubai.model.scorer import load_scorer
 from liubai.stages import distill, dpo, ppo, pretrain, process, reward_model, rl, sample, sft
 from liubai.stages.context import Context
 from liubai.stages.records import Example, read_examples, write_examples
+from liubai.stages.rollouts import GradedGroup, Rollouts
 from liubai.stages.scoring import Preference, checked_steps, with_steps, without_thought
 from liubai.text.template import template_for
-from liubai.types import Problem
+from liubai.types import Problem, Stop
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -344,22 +345,48 @@ def test_a_stage_says_what_it_lacks(
 
 
 def test_a_preference_needs_a_reward_model(wide: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs a reward model .*, 0 wrote one|, 0 wrote one"):
+    said = r"needs a reward model .*for rewards\.preference, .*names \(base\), 0 wrote one"
+    with pytest.raises(UserError, match=said):
         run("language", wide, tmp_path / "s", rewards={"preference": 1.0})
 
 
-def test_rewards_of_a_family_are_its_own(wide: Path, tmp_path: Path) -> None:
+def test_rewards_of_a_family_are_its_own(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errands earn what the reward model says and nothing else, comparisons what the rule says."""
+    seen: list[GradedGroup] = []
+    collect = Rollouts.collect
+
+    def watched(self: Rollouts, groups: int) -> list[GradedGroup]:
+        found = collect(self, groups)
+        seen.extend(found)
+        return found
+
+    monkeypatch.setattr(Rollouts, "collect", watched)
     rm = run("reward model", wide, tmp_path / "rm")
+    nothing = {"correct": 0.0, "wrong": 0.0, "no_answer": 0.0, "format": 0.0, "overlong": 0.0}
     config = rl.Config(
         **POLICY
-        | {"rewards": {"correct": 1.0, "wrong": -1.0, "format": 0.0}}
-        | {"rewards_of": {"errand": {"correct": 0.0, "wrong": 0.0, "format": 0.0, "preference": 1.0}}}
-        | {"steps": 1, "problems": {"errand": 1.0}}
+        | {"rewards": {"correct": 1.0, "wrong": -1.0, "no_answer": -0.5, "format": 0.0}}
+        | {"rewards_of": {"errand": {**nothing, "preference": 2.0}}}
+        | {"steps": 1, "groups": 8, "max_tokens": 40}
     )
     inputs: Mapping[str, Path] = {"base": wide / "base", "rm": rm}
     rl.run(config, Context(tmp_path / "rl", 0, inputs, Silent(), stage="rl"))
-    row = metrics_of(tmp_path / "rl")[-1]
-    assert row["reward/correct"] == row["reward/wrong"] == 0
-    assert row["reward/preference"] != 0
-    assert row["reward/total"] == pytest.approx(row["reward/preference"] + row["reward/no_answer"])
+    judge = Preference(rm / "reward_model", torch.device("cpu"))
+    assert {g.group.problem.family for g in seen} == {"errand", "greater"}
+    scores, ruled = set(), set()
+    for g in seen:
+        for answer, reward in zip(g.answers, g.group.rewards, strict=True):
+            parts = {name: value for name, value in reward.parts.items() if value}
+            if g.group.problem.family == "errand":
+                (score,) = judge([(g.group.problem, answer.response)])
+                assert parts == pytest.approx({"preference": 2 * score} if score else {}, abs=1e-4)
+                scores.add(round(score, 3))
+            else:
+                right, usable = answer.verdict.correct, answer.verdict.answer is not None
+                ended = answer.sample.stop is Stop.EOS
+                wanted = (1.0 if right else -1.0) if usable and ended else -0.5
+                assert parts == {{1.0: "correct", -1.0: "wrong", -0.5: "no_answer"}[wanted]: wanted}
+                ruled.add(wanted)
+            assert reward.total == pytest.approx(sum(parts.values()))
+    assert len(scores) > 2
+    assert len(ruled) > 1
