@@ -50,14 +50,10 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", [BARE, CHATML])
-@pytest.mark.parametrize(
-    "said", ["<think> 3 same </think> <answer> 3.8 </answer>", "3 same </think> <answer> 3.8 </answer>"]
-)
+@pytest.mark.parametrize("opening", ["<think> ", ""])
 def test_the_thought_is_opened_once_whoever_opens_it(source: str, opening: str) -> None:
-    made = sft.encoded(
-        Template(TOKENIZER, source),
-        Example(PROBLEM.prompt, f"{opening}3 same </think> <answer> 3.8 </answer>"),
-    )
+    said = f"{opening}3 same </think> <answer> 3.8 </answer>"
+    made = sft.encoded(Template(TOKENIZER, source), Example(PROBLEM.prompt, said))
     text = TOKENIZER.decode(made.ids)
     assert text == "<|start|> 3 . 11 or 3 . 8 <think> 3 same </think> <answer> 3 . 8 </answer> <|end|>"
     learned = TOKENIZER.decode([i for i, on in zip(made.ids, made.learn, strict=True) if on])

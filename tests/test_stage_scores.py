@@ -175,6 +175,9 @@ def test_what_is_measured_of_a_process_model() -> None:
 # ---- evaluations ----
 
 
+CUT = [(0.6, Stop.EOS), (1.0, Stop.LENGTH), (1.0, Stop.ABORT), (1.0, Stop.EOS)]
+
+
 def evaluation_of(rows: Sequence[tuple[str, str, Sequence[float]]], stop: Stop = Stop.EOS) -> Evaluation:
     """Of (prompt, verifier, scores)."""
     return Evaluation(
@@ -194,18 +197,15 @@ def against(folder: Path, theirs: Mapping[str, Sequence[float]]) -> Context:
 
 
 def test_what_was_cut_off_is_worth_nothing() -> None:
-    sample, verdict = (
-        lambda stop: Sample((1,), (2,), (-1.0,), stop, (Span(0, 1),)),
-        lambda x: Verdict(x == 1, "x", {"correct": x, "format": 1.0}),
-    )
+    parts = [evaluation_of([("a", "errand", [score])], stop) for score, stop in CUT]
     result = Evaluation(
-        [Problem("a", "", "errand"), Problem("b", "", "exact")],
-        [[sample(Stop.EOS), sample(Stop.LENGTH)], [sample(Stop.ABORT), sample(Stop.EOS)]],
-        [["", ""], ["", ""]],
-        [[verdict(0.6), verdict(1.0)], [verdict(1.0), verdict(1.0)]],
+        parts[0].problems,
+        [[p.samples[0][0] for p in parts]],
+        [[""] * len(parts)],
+        [[p.verdicts[0][0] for p in parts]],
     )
-    assert result.scores == [[0.6, 0.0], [0.0, 1.0]]
-    assert result.correct == [[False, False], [False, True]]
+    assert result.scores == [[0.6, 0.0, 0.0, 1.0]]
+    assert result.correct == [[False, False, False, True]]
 
 
 def test_wins_count_ties_half_and_general_prompts_alone(tmp_path: Path) -> None:

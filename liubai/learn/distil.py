@@ -68,20 +68,22 @@ def _divergence(
             "take a teacher with the student's tokenizer, or train on the teacher's texts instead"
         )
 
-    def of_chunk(student_ND: Tensor, student_weight_VD: Tensor, teacher_NE: Tensor) -> Tensor:
+    dtype = student_weight_VD.dtype
+
+    def of_chunk(student_ND: Tensor, weight_VD: Tensor, teacher_NE: Tensor) -> Tensor:
         with torch.no_grad():
             teacher_NV = linear(teacher_NE, teacher_weight_VE).float().log_softmax(-1)
-        return of(linear(student_ND, student_weight_VD).float().log_softmax(-1), teacher_NV)
+        return of(linear(student_ND, weight_VD.to(dtype)).float().log_softmax(-1), teacher_NV)
 
     step = max(1, logprobs.CHUNK_LOGITS // (2 * ours))  # the logits of both
     chunks = list(zip(student_ND.split(step), teacher_NE.split(step), strict=True))
     if len(chunks) == 1:  # small enough to keep
         return of_chunk(student_ND, student_weight_VD, teacher_NE)
+    # the chunks' gradients of the head come together in float32, and are rounded once
+    wide_VD = student_weight_VD.to(torch.promote_types(dtype, torch.float32))
     return torch.cat(
         [
-            checkpoint(
-                of_chunk, student, student_weight_VD, teacher, use_reentrant=False, preserve_rng_state=False
-            )
+            checkpoint(of_chunk, student, wide_VD, teacher, use_reentrant=False, preserve_rng_state=False)
             for student, teacher in chunks
         ]
     )

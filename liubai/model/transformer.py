@@ -213,8 +213,10 @@ class Transformer(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 c = self.config
                 cos, sin = rope_table(length, c.head_dim, c.rope_theta, c.rope_scaling)
-                self._rope = cos.to(like.device, like.dtype), sin.to(like.device, like.dtype)
-        return self._rope
+                cos, sin = cos.to(like.device, like.dtype), sin.to(like.device, like.dtype)
+            self._rope = cos, sin
+        # not self._rope: another thread may have put a shorter table there
+        return cos, sin
 
     def head(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.head_weight)

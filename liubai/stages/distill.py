@@ -10,11 +10,13 @@ kinds ``sample`` and ``sft``. Both models must have the same vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
+from torch import Tensor
 
 from liubai.errors import UserError
 from liubai.learn.distil import forward_kl, reverse_kl
@@ -26,6 +28,7 @@ from liubai.model.hub import find_folder
 from liubai.model.transformer import Transformer, causal
 from liubai.stages.context import Context
 from liubai.stages.policy import Policy, PolicyConfig
+from liubai.stages.supervised import batches_within_memory
 from liubai.types import Group
 
 
@@ -33,6 +36,13 @@ class Config(PolicyConfig):
     #: reverse: be nowhere where the teacher is not; forward: be everywhere where it is
     kl: Literal["reverse", "forward"] = "reverse"
     samples: int = Field(4, gt=0, description="answers a problem")  # they are not compared: one would do
+
+    @field_validator("minibatches")
+    @classmethod
+    def _one(cls, value: int) -> int:
+        if value > 1:
+            raise ValueError("must be 1: distill takes one optimizer step for the answers of a step")
+        return value
 
 
 def run(config: Config, context: Context) -> None:
@@ -54,10 +64,27 @@ def run(config: Config, context: Context) -> None:
         for step in policy.steps():
             graded = policy.write(step)
             batches = answers_of([g.group for g in graded], policy)
-            loss = sum(Replicas(policy.model).map(Imitation(teacher, config.kl).learn, batches))
-            norm = policy.optimizer.step(policy.lr_scale(step))
-            policy.log(step, graded, {"loss": loss, "grad_norm": norm})
+            policy.log(step, graded, learn(policy, Imitation(teacher, config.kl), batches, step))
         policy.save()
+
+
+def learn(policy: Policy, imitation: Imitation, batches: Sequence[Batch], step: int) -> dict[str, float]:
+    """One optimizer step; what to log. What is not finite changes nothing."""
+    optimizer = policy.optimizer
+    losses, halvings = batches_within_memory(
+        Replicas(policy.model), imitation.learn, batches, optimizer.zero_grad
+    )
+    loss = sum(losses)
+    if not math.isfinite(loss):
+        optimizer.zero_grad()
+    norm = optimizer.step(policy.lr_scale(step)) if math.isfinite(loss) else math.nan
+    return {
+        "loss": loss,
+        "grad_norm": norm,
+        "updates": 1,
+        "skipped": int(not math.isfinite(norm)),
+        **({"halvings": halvings} if halvings else {}),
+    }
 
 
 def answers_of(groups: Sequence[Group], policy: Policy) -> list[Batch]:
@@ -77,21 +104,35 @@ def answers_of(groups: Sequence[Group], policy: Policy) -> list[Batch]:
 
 
 class Imitation:
-    """The mean KL between student and teacher at the student's tokens, in nats."""
+    """The mean KL between student and teacher at the student's tokens, in nats.
+
+    Models of one tokenizer may have unlike numbers of rows for no token, to round the vocabulary up (Qwen2.5:
+    151,936 or 152,064): the rows that both have are compared.
+    """
 
     def __init__(self, teacher: Transformer, kl: Literal["reverse", "forward"]) -> None:
         self.teacher, self.kl = teacher, {"reverse": reverse_kl, "forward": forward_kl}[kl]
 
     def learn(self, model: Transformer, batches: Sequence[Batch]) -> list[float]:
         losses = []
+        rows = min(len(model.head_weight), len(self.teacher.head_weight))
         for waiting in batches:
             batch = waiting.to(model.head_weight.device)
             mask_BT = batch.mask_BT
             with torch.no_grad():
-                theirs_ND = self.teacher.hidden(batch.ids_BT, batch.positions_BT, causal())[mask_BT]
+                # the student may have written what is a row of its own alone
+                known_BT = batch.ids_BT.clamp(max=len(self.teacher.head_weight) - 1)
+                theirs_ND = self.teacher.hidden(known_BT, batch.positions_BT, causal())[mask_BT]
             own_ND = model.hidden(batch.ids_BT, batch.positions_BT, causal())[mask_BT]
-            kl_N = self.kl(own_ND, model.head_weight, theirs_ND, self.teacher.head_weight)
+            kl_N = self.kl(
+                own_ND, first(model.head_weight, rows), theirs_ND, first(self.teacher.head_weight, rows)
+            )
             loss = (kl_N * batch.values["weights"][mask_BT]).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(float(loss.detach()))
         return losses
+
+
+def first(weight_VD: Tensor, rows: int) -> Tensor:
+    """Its first rows; itself where these are all."""
+    return weight_VD if len(weight_VD) == rows else weight_VD[:rows]

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from liubai.learn.logprobs import batch_logprobs
 from liubai.learn.optim import Optimizer
-from liubai.learn.packing import Batch, Sequence1, stacked
+from liubai.learn.packing import Batch, Sequence1
 from liubai.learn.preference import PreferenceConfig, preference_loss
 from liubai.learn.replicas import Replicas
 from liubai.model.checkpoint import load, save_checkpoint
 from liubai.model.transformer import Transformer
 from liubai.stages.config import Brought, Trained
 from liubai.stages.context import Context
-from liubai.stages.preferences import PairConfig, pairs_of
+from liubai.stages.preferences import Pair, PairConfig, pairs_of
 from liubai.stages.sft import cosine, drawn_at, encoded
-from liubai.stages.supervised import train
+from liubai.stages.supervised import batches_within_memory, pair_batches, require_room, train
 from liubai.text.template import template_for
 
 
@@ -52,18 +52,34 @@ def run(config: Config, context: Context) -> None:
     model, tokenizer = load(parent, dtype=config.dtype(), device=config.where())
     template = template_for(tokenizer, parent)
     model.checkpointing = config.checkpointing
-    learned, _ = pairs_of(config.pairs, context, lambda e: len(encoded(template, e).ids))
-    pairs = [(encoded(template, p.chosen), encoded(template, p.rejected)) for p in learned]
+    learned, measured = pairs_of(config.pairs, context, lambda e: len(encoded(template, e).ids))
+
+    def both(pairs: Sequence[Pair]) -> list[tuple[Sequence1, Sequence1]]:
+        return [(encoded(template, p.chosen), encoded(template, p.rejected)) for p in pairs]
+
+    pairs, held_out = both(learned), both(measured)
+    require_room(model, [s for pair in pairs + held_out for s in pair])
     lesson = Pairs(config, context.seed, tokenizer.pad_id, pairs, model)
+    before_N2 = lesson.read(model, held_out)
     steps = max(1, round(config.epochs * len(pairs) / config.batch))
+
+    def accuracy(done: int) -> dict[str, float]:
+        """Of how many held-out pairs the right one has become likelier by more."""
+        if not held_out or (done % config.save_every and done != steps):
+            return {}
+        gained_N2 = lesson.read(model, held_out) - before_N2
+        return {"eval/accuracy": float((gained_N2[:, 0] > gained_N2[:, 1]).double().mean())}
+
     train(
         context,
         model,
         Optimizer(model, lr=config.lr, moments=config.moments()),
         lesson,
         steps=steps,
+        tokens=config.microbatch(),
         save_every=config.save_every,
         scale=lambda step: cosine(step, steps, config.warmup, 0.1),
+        also=accuracy,
     )
     save_checkpoint(context.folder / "checkpoint", model, tokenizer, template.source)
 
@@ -81,18 +97,20 @@ class Pairs:
     ) -> None:
         self.config, self.seed, self.pad_id = config, seed, pad_id
         self.pairs = pairs
-        lots = [range(i, min(i + config.batch, len(pairs))) for i in range(0, len(pairs), config.batch)]
-        self.reference_N2 = torch.zeros(len(pairs), 2)
-        for lot, sums_B in zip(lots, Replicas(model).map(self._read, lots), strict=True):
-            self.reference_N2[list(lot)] = sums_B.view(-1, 2)
+        self.reference_N2 = self.read(model, pairs)
+
+    def read(self, model: Transformer, pairs: Sequence[tuple[Sequence1, Sequence1]]) -> Tensor:
+        """``[N, 2]``: the log-probabilities of chosen and rejected, without gradients."""
+        listed = pair_batches(pairs, self.pad_id, self.config.microbatch())
+        sums, _ = batches_within_memory(Replicas(model), self._read, [batch for _, batch in listed])
+        found_N2 = torch.zeros(len(pairs), 2)
+        if listed:
+            found_N2[[i for lot, _ in listed for i in lot]] = torch.cat(sums).view(-1, 2)
+        return found_N2
 
     @torch.no_grad()
-    def _read(self, model: Transformer, lots: Sequence[range]) -> list[Tensor]:
-        found = []
-        for lot in lots:
-            batch = stacked([s for i in lot for s in self.pairs[i]], self.pad_id)
-            found.append(self.logprobs(model, batch).float().cpu())
-        return found
+    def _read(self, model: Transformer, batches: Sequence[Batch]) -> list[Tensor]:
+        return [self.logprobs(model, batch).float().cpu() for batch in batches]
 
     def logprobs(self, model: Transformer, batch: Batch) -> Tensor:
         """``[B]``: the log-probability of each row's answer; for IPO its mean a token, as TRL
@@ -101,18 +119,12 @@ class Pairs:
         lengths_B = batch.mask_BT.sum(1).to(logprobs_BT.device) if self.config.loss.kind == "ipo" else 1
         return logprobs_BT.sum(1) / lengths_B
 
-    def items(self, step: int) -> list[Item]:
-        c = self.config
-        order = drawn_at(step, c.batch, len(self.pairs), self.seed)
-        order.sort(key=lambda i: -max(len(s.ids) for s in self.pairs[i]))
-        found = []
-        while order:
-            width = max(len(s.ids) for s in self.pairs[order[0]])
-            count = max(1, c.microbatch() // (2 * width))
-            lot, order = order[:count], order[count:]
-            batch = stacked([s for i in lot for s in self.pairs[i]], self.pad_id)
-            found.append(Item(batch, self.reference_N2[lot].flatten(), 1 / c.batch))
-        return found
+    def items(self, step: int, tokens: int) -> list[Item]:
+        drawn = drawn_at(step, self.config.batch, len(self.pairs), self.seed)
+        return [
+            Item(batch, self.reference_N2[[drawn[i] for i in lot]].flatten(), 1 / self.config.batch)
+            for lot, batch in pair_batches([self.pairs[i] for i in drawn], self.pad_id, tokens)
+        ]
 
     def learn(self, model: Transformer, items: Sequence[Item]) -> list[dict[str, float]]:
         found = []

@@ -8,12 +8,14 @@ purpose: a KL to the reference inside the reward, which works as a hidden length
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from liubai.errors import Diverged
 from liubai.learn.critic import explained_variance, gae, value_loss, whiten_tokens
 from liubai.learn.losses import LossConfig, token_weights
 from liubai.learn.optim import Optimizer
@@ -23,8 +25,10 @@ from liubai.learn.update import Judged, UpdateConfig, improve
 from liubai.model.scorer import Scorer, scorer_from
 from liubai.model.transformer import Transformer
 from liubai.seeds import derive
+from liubai.stages.config import MAX_SKIPPED
 from liubai.stages.context import Context
 from liubai.stages.policy import TOLERANCE, Policy, PolicyConfig
+from liubai.stages.supervised import batches_within_memory
 from liubai.types import Group
 
 
@@ -35,7 +39,16 @@ class Config(PolicyConfig):
     critic_lr: float = Field(1e-3, gt=0)
     critic_epochs: int = Field(1, gt=0, description="times the critic reads the answers of a step")
     critic_warmup: int = Field(2, ge=0, description="steps in which the critic alone learns")
-    value_clip: float = Field(0.5, ge=0, description="a value moves by no more in a step; 0: no bound")
+    #: a value moves by no more in a step; 0: no bound. It acts from the second of ``critic_epochs`` on: in the
+    #: first, no value has moved yet
+    value_clip: float = Field(0.5, ge=0)
+
+    @field_validator("loss")
+    @classmethod
+    def _without_reference(cls, loss: LossConfig) -> LossConfig:
+        if loss.kl > 0:
+            raise ValueError("kl must be 0: ppo has no reference model; use kind rl for a KL penalty")
+        return loss
 
 
 def run(config: Config, context: Context) -> None:
@@ -46,7 +59,8 @@ def run(config: Config, context: Context) -> None:
             groups = [g.group for g in graded]
             judged, expected = critic.judge(groups)
             learned = critic.learn(expected, policy.lr_scale(step))
-            if step >= config.critic_warmup:
+            if judged and step >= config.critic_warmup:
+                halvings = learned.get("halvings", 0)
                 learned |= improve(
                     policy.model,
                     policy.optimizer,
@@ -56,6 +70,8 @@ def run(config: Config, context: Context) -> None:
                     pad_id=policy.tokenizer.pad_id,
                     lr_scale=policy.lr_scale(step),
                 )
+                if halvings := max(halvings, learned.get("halvings", 0)):
+                    learned["halvings"] = halvings
             policy.log(step, graded, learned)
         policy.save()
 
@@ -73,30 +89,41 @@ def settings(config: Config, policy: Policy) -> UpdateConfig:
 
 
 class Critic:
-    """The value model and its optimizer; both are part of the stage's resume points."""
+    """The value model and its optimizer; both are part of the stage's resume points. Its micro-batches are
+    as large as the policy's."""
 
     def __init__(self, config: Config, policy: Policy, seed: int) -> None:
-        self.config, self.pad_id = config, policy.tokenizer.pad_id
+        self.config, self.policy, self.pad_id = config, policy, policy.tokenizer.pad_id
         self.scorer = scorer_from(policy.model, seed)
+        self.scorer.checkpointing = config.checkpointing
         with torch.no_grad():
             self.scorer.score.weight.zero_()  # nothing is expected of anything, at first
         self.optimizer = Optimizer(
-            self.scorer, lr=config.critic_lr, max_norm=config.max_norm, betas=(0.9, 0.95)
+            self.scorer,
+            lr=config.critic_lr,
+            max_norm=config.max_norm,
+            betas=(0.9, 0.95),
+            moments=config.moments(),
         )
-        self.tokens = config.microbatch()
+        self.halvings = 0  # of this step's micro-batches
+        self.skipped = torch.zeros((), dtype=torch.long)  # steps in a row that were not finite
         policy.keep("critic", self.scorer.state_dict)
         policy.keep("critic_optimizer", self.optimizer.state_dict, self.optimizer.load_state_dict)
+        policy.keep("critic_skipped", lambda: {"steps": self.skipped})
 
     def judge(self, groups: Sequence[Group]) -> tuple[list[list[Judged]], list[Batch]]:
         """Each answer with the advantages of its tokens, mean 0 and standard deviation 1 over all; and
         batches with the values ``old``, ``returns`` and ``weights`` for the critic to learn from. Answers
-        that could not be graded are left out."""
+        that could not be graded are left out; of these alone there is nothing to learn."""
+        self.halvings = 0
         listed = [
             (g, i)
             for g, group in enumerate(groups)
             for i, reward in enumerate(group.rewards)
             if "error" not in reward.parts
         ]
+        if not listed:
+            return [], []
         lengths = [len(groups[g].samples[i].completion_ids) for g, i in listed]
         weights = token_weights(lengths, "token-mean", self.config.max_tokens)
         sequences = []
@@ -111,8 +138,8 @@ class Critic:
                     {name: [0.0] * blank + row for name, row in values.items()},
                 )
             )
-        batches = micro_batches(sequences, self.pad_id, self.tokens)
-        batches = Replicas(self.scorer).map(self._expect, batches)
+        batches = micro_batches(sequences, self.pad_id, self.policy.tokens_per_microbatch)
+        batches, self.halvings = batches_within_memory(Replicas(self.scorer), self._expect, batches)
         flat_N = torch.cat([b.values["advantages"][b.mask_BT] for b in batches])
         white_N = whiten_tokens(flat_N[None], torch.ones(1, len(flat_N), dtype=torch.bool))[0]
         found: dict[int, list[float]] = {}
@@ -141,12 +168,24 @@ class Critic:
         return found
 
     def learn(self, batches: Sequence[Batch], scale: float) -> dict[str, float]:
-        """Fit the values to the returns; what to log."""
+        """Fit the values to the returns; what to log. What is not finite changes nothing. Raises ``Diverged``
+        when that happened in ``MAX_SKIPPED`` steps in a row."""
+        if not batches:
+            return {}
         replicas = Replicas(self.scorer)
         loss = norm = 0.0
+        halvings = 0
         for _ in range(self.config.critic_epochs):
-            loss = sum(replicas.map(self._backward, batches))
-            norm = self.optimizer.step(scale)
+            losses, more = batches_within_memory(replicas, self._backward, batches, self.optimizer.zero_grad)
+            halvings = max(halvings, more)
+            loss = sum(losses)
+            if not math.isfinite(loss):
+                self.optimizer.zero_grad()
+            norm = self.optimizer.step(scale) if math.isfinite(loss) else math.nan
+            if not math.isfinite(norm):
+                break
+        self._notice(norm)
+        halvings += self.halvings
         old_N, returns_N = (
             torch.cat([b.values[name][b.mask_BT] for b in batches]) for name in ("old", "returns")
         )
@@ -155,7 +194,19 @@ class Critic:
             "critic/grad_norm": norm,
             "critic/explained": explained_variance(old_N, returns_N),
             "critic/value": float(old_N.mean()),
+            **({"halvings": halvings} if halvings else {}),
         }
+
+    def _notice(self, norm: float) -> None:
+        if math.isfinite(norm):
+            self.skipped.zero_()
+            return
+        self.skipped += 1
+        self.policy.context.warn("the critic's loss or gradient was not finite; its step changed nothing")
+        if self.skipped >= MAX_SKIPPED:
+            raise Diverged(
+                f"the critic had {MAX_SKIPPED} steps in a row that were not finite; lower critic_lr"
+            )
 
     def _backward(self, model: Transformer, batches: Sequence[Batch]) -> list[float]:
         assert isinstance(model, Scorer)

@@ -84,9 +84,9 @@ def run(config: Config, context: Context) -> None:
     model.to(config.where(), config.dtype()).checkpointing = config.checkpointing
     optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr, moments=config.moments())
 
-    def batches(step: int) -> list[Batch]:
+    def batches(step: int, tokens: int) -> list[Batch]:
         found = list(documents(draw, config.tokens_per_step, context.seed, step))
-        return micro_batches(found, tokenizer.pad_id, config.microbatch())
+        return micro_batches(found, tokenizer.pad_id, tokens)
 
     train(
         context,
@@ -94,6 +94,7 @@ def run(config: Config, context: Context) -> None:
         optimizer,
         NextToken(batches),
         steps=config.steps,
+        tokens=config.microbatch(),
         save_every=config.save_every,
         scale=lambda step: warmup_decay(step, config.steps, config.warmup, config.decay),
     )

@@ -25,7 +25,7 @@ from liubai.stages.context import Context
 from liubai.stages.records import GRADED, Example, read_examples
 from liubai.stages.scoring import PROCESS_MODEL, step_probabilities, with_steps
 from liubai.stages.sft import cosine, drawn_at
-from liubai.stages.supervised import train
+from liubai.stages.supervised import require_room, train
 from liubai.text.template import template_for
 
 
@@ -56,6 +56,7 @@ def run(config: Config, context: Context) -> None:
             f"stage '{context.stage}' has no steps to learn from: it needs a stage of kind sample in its "
             "'from', on families whose steps can be checked"
         )
+    require_room(model, [s for _, s in read])
     steps = max(1, round(config.epochs * len(learned) / config.batch))
 
     def accuracy(done: int) -> dict[str, float]:
@@ -69,6 +70,7 @@ def run(config: Config, context: Context) -> None:
         Optimizer(scorer, lr=config.lr, moments=config.moments()),
         Steps(config, context.seed, tokenizer.pad_id, learned),
         steps=steps,
+        tokens=config.microbatch(),
         save_every=config.save_every,
         scale=lambda step: cosine(step, steps, config.warmup, 0.1),
         also=accuracy,
@@ -119,9 +121,9 @@ class Steps:
     def __init__(self, config: Config, seed: int, pad_id: int, sequences: Sequence[Sequence1]) -> None:
         self.config, self.seed, self.pad_id, self.sequences = config, seed, pad_id, sequences
 
-    def items(self, step: int) -> list[tuple[Batch, float]]:
+    def items(self, step: int, tokens: int) -> list[tuple[Batch, float]]:
         drawn = drawn_at(step, self.config.batch, len(self.sequences), self.seed)
-        batches = micro_batches([self.sequences[i] for i in drawn], self.pad_id, self.config.microbatch())
+        batches = micro_batches([self.sequences[i] for i in drawn], self.pad_id, tokens)
         weight = 1 / sum(int(b.mask_BT.sum()) for b in batches)
         return [(batch, weight) for batch in batches]
 

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from liubai.files import write_json
 from liubai.learn.optim import Optimizer
-from liubai.learn.packing import Batch, Sequence1, stacked
+from liubai.learn.packing import Batch, Sequence1
 from liubai.learn.preference import bradley_terry, pointwise
 from liubai.model.checkpoint import load
 from liubai.model.scorer import Scorer, save_scorer, scorer_from
@@ -28,7 +28,7 @@ from liubai.stages.preferences import Pair, PairConfig, pairs_of
 from liubai.stages.records import Example
 from liubai.stages.scoring import CALIBRATION, REWARD_MODEL, last_scores, scores_at_end, without_thought
 from liubai.stages.sft import cosine, drawn_at
-from liubai.stages.supervised import train
+from liubai.stages.supervised import pair_batches, require_room, train
 from liubai.text.template import Template, template_for
 
 
@@ -53,6 +53,10 @@ def run(config: Config, context: Context) -> None:
         config.pairs, context, lambda e: len(without_thought(template, e.prompt, e.response).ids)
     )
     lesson = Preferences(config, context.seed, template, learned)
+    answers = [without_thought(template, e.prompt, e.response) for e in both(learned)]
+    require_room(
+        model, [*answers, *(without_thought(template, e.prompt, e.response) for e in both(measured))]
+    )
     steps = max(1, round(config.epochs * len(learned) / config.batch))
 
     def accuracy(done: int) -> dict[str, float]:
@@ -66,25 +70,28 @@ def run(config: Config, context: Context) -> None:
         Optimizer(scorer, lr=config.lr, moments=config.moments()),
         lesson,
         steps=steps,
+        tokens=config.microbatch(),
         save_every=config.save_every,
         scale=lambda step: cosine(step, steps, config.warmup, 0.1),
         also=accuracy,
     )
     folder = context.folder / REWARD_MODEL
     save_scorer(folder, scorer, tokenizer, template.source)
-    answers = [
-        without_thought(template, e.prompt, e.response) for p in learned for e in (p.chosen, p.rejected)
-    ]
     scores_N = last_scores(scorer, answers, tokenizer.pad_id)
     write_json(
         folder / CALIBRATION, {"mean": float(scores_N.mean()), "spread": max(1e-6, float(scores_N.std()))}
     )
 
 
+def both(pairs: Sequence[Pair]) -> list[Example]:
+    """Chosen and rejected in turn."""
+    return [e for p in pairs for e in (p.chosen, p.rejected)]
+
+
 def right_share(scorer: Scorer, template: Template, pairs: Sequence[Pair]) -> float:
     """Of how many pairs it likes the right one better."""
-    both = [without_thought(template, e.prompt, e.response) for p in pairs for e in (p.chosen, p.rejected)]
-    scores_N2 = last_scores(scorer, both, template.tokenizer.pad_id).view(-1, 2)
+    answers = [without_thought(template, e.prompt, e.response) for e in both(pairs)]
+    scores_N2 = last_scores(scorer, answers, template.tokenizer.pad_id).view(-1, 2)
     return float((scores_N2[:, 0] > scores_N2[:, 1]).double().mean())
 
 
@@ -102,25 +109,20 @@ class Preferences:
 
     def __init__(self, config: Config, seed: int, template: Template, pairs: Sequence[Pair]) -> None:
         self.config, self.seed, self.template = config, seed, template
-        self.pairs = [
-            (self._read(p.chosen), self._read(p.rejected), p.chosen.score, p.rejected.score) for p in pairs
-        ]
+        self.pairs = [(self._read(p.chosen), self._read(p.rejected)) for p in pairs]
+        self.scores = [(p.chosen.score, p.rejected.score) for p in pairs]
 
     def _read(self, example: Example) -> Sequence1:
         return without_thought(self.template, example.prompt, example.response)
 
-    def items(self, step: int) -> list[Item]:
-        c = self.config
-        chosen = [self.pairs[i] for i in drawn_at(step, c.batch, len(self.pairs), self.seed)]
-        chosen.sort(key=lambda p: -max(len(p[0].ids), len(p[1].ids)))
-        found: list[Item] = []
-        while chosen:
-            width = max(len(chosen[0][0].ids), len(chosen[0][1].ids))
-            count = max(1, c.microbatch() // (2 * width))
-            lot, chosen = chosen[:count], chosen[count:]
-            batch = stacked([s for p in lot for s in p[:2]], self.template.tokenizer.pad_id)
-            safe_B = torch.tensor([float(score >= 0.5) for p in lot for score in p[2:]])
-            found.append(Item(batch, safe_B, 1 / c.batch))
+    def items(self, step: int, tokens: int) -> list[Item]:
+        drawn = drawn_at(step, self.config.batch, len(self.pairs), self.seed)
+        found = []
+        for lot, batch in pair_batches(
+            [self.pairs[i] for i in drawn], self.template.tokenizer.pad_id, tokens
+        ):
+            safe_B = torch.tensor([float(score >= 0.5) for i in lot for score in self.scores[drawn[i]]])
+            found.append(Item(batch, safe_B, 1 / self.config.batch))
         return found
 
     def learn(self, model: Transformer, items: Sequence[Item]) -> list[dict[str, float]]:

@@ -73,9 +73,9 @@ def run(config: Config, context: Context) -> None:
         )
     steps = max(1, round(config.epochs * len(sequences) / config.batch))
 
-    def batches(step: int) -> list[Batch]:
+    def batches(step: int, tokens: int) -> list[Batch]:
         drawn = [sequences[i] for i in drawn_at(step, config.batch, len(sequences), context.seed)]
-        return micro_batches(drawn, tokenizer.pad_id, config.microbatch())
+        return micro_batches(drawn, tokenizer.pad_id, tokens)
 
     optimizer = Optimizer(model, lr=config.lr, max_norm=config.max_norm, moments=config.moments())
     train(
@@ -84,6 +84,7 @@ def run(config: Config, context: Context) -> None:
         optimizer,
         NextToken(batches),
         steps=steps,
+        tokens=config.microbatch(),
         save_every=config.save_every,
         scale=lambda step: cosine(step, steps, config.warmup, config.floor),
     )

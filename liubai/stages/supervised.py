@@ -1,7 +1,7 @@
 """The loop of every stage that learns from given examples: pre-training, SFT, reward models, DPO.
 
 What an example is and what is lost on it, the stage says (a :class:`Lesson`); this is the rest: steps,
-replicas, a schedule, non-finite gradients, numbers, resume points.
+replicas, a schedule, memory that runs out, non-finite gradients, numbers, resume points.
 """
 
 from __future__ import annotations
@@ -14,24 +14,28 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from liubai.errors import Diverged
+from liubai.errors import Diverged, UserError, is_out_of_memory
 from liubai.learn.logprobs import batch_logprobs
+from liubai.learn.memory import Lot, map_within_memory
 from liubai.learn.optim import Optimizer
-from liubai.learn.packing import Batch
+from liubai.learn.packing import Batch, Sequence1, stacked
 from liubai.learn.replicas import Replicas
+from liubai.model.lora import trained
 from liubai.model.transformer import Transformer
 from liubai.stages.config import MAX_SKIPPED
 from liubai.stages.context import Context
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Lesson(Protocol, Generic[Item]):
     """What is to be learned. Sums over an item are added up over the step; ``loss`` and ``tokens`` are always
     among them."""
 
-    def items(self, step: int) -> list[Item]:
-        """The micro-batches of a step: a pure function of it, so that a run can go on anywhere."""
+    def items(self, step: int, tokens: int) -> list[Item]:
+        """The micro-batches of a step, of at most so many tokens or of one example: a pure function of both,
+        so that a run can go on anywhere."""
 
     def learn(self, model: Transformer, items: Sequence[Item]) -> list[dict[str, float]]:
         """Add the gradient of some items to the model's; the sums to log, an item each."""
@@ -47,23 +51,35 @@ def train(
     lesson: Lesson[Any],
     *,
     steps: int,
+    tokens: int,
     save_every: int,
     scale: Callable[[int], float],
     also: Callable[[int], Mapping[str, float]] = lambda step: {},
 ) -> None:
-    """Learn for ``steps`` steps, from the last resume point on. ``scale(step)`` multiplies the learning rate;
-    ``also(steps done)`` gives more to log. Raises ``Diverged`` after ``MAX_SKIPPED`` steps in a row without a
-    finite gradient."""
-    tokens, first, skipped = 0, 0, 0
+    """Learn for ``steps`` steps, from the last resume point on, in micro-batches of ``tokens`` tokens; half of
+    it where memory runs out. ``scale(step)`` multiplies the learning rate; ``also(steps done)`` gives more to
+    log. Raises ``Diverged`` after ``MAX_SKIPPED`` steps in a row without a finite gradient, ``UserError`` when
+    one example alone does not fit the memory."""
+    seen, first, skipped = 0, 0, 0
     if state := context.restore():
-        model.load_state_dict(under("model/", state.tensors))
+        saved = under("model/", state.tensors)
+        for name, tensor in trained(model).items():
+            tensor.copy_(saved[name])
         optimizer.load_state_dict(under("optimizer/", state.tensors))
-        tokens, first, skipped = state.meta["tokens"], state.step, state.meta["skipped"]
+        seen, first, skipped = state.meta["tokens"], state.step, state.meta["skipped"]
+        # sums of the same parts, to the last bit
+        tokens = min(tokens, state.meta["microbatch"])
     replicas = Replicas(model)
     for step in range(first, steps):
         begun = time.perf_counter()
         sums: dict[str, float] = defaultdict(float)
-        for found in replicas.map(lesson.learn, lesson.items(step)):
+        listed, fit = _within_memory(replicas, optimizer, lesson, step, tokens)
+        if fit < tokens:
+            tokens = fit
+            context.warn(
+                f"step {step + 1}: memory ran out; micro-batches now have {tokens} tokens. Nothing was lost"
+            )
+        for found in listed:
             for name, value in found.items():
                 sums[name] += value
         loss, read = sums["loss"], int(sums["tokens"])
@@ -75,35 +91,101 @@ def train(
             context.warn(f"step {step + 1}: loss or gradient was not finite; nothing was changed")
         if skipped >= MAX_SKIPPED:
             raise Diverged(f"{MAX_SKIPPED} steps in a row were not finite; lower {optimizer.rates}")
-        tokens += read
+        seen += read
         metrics = {
             "loss": loss,
             **lesson.metrics(sums),
             "lr": optimizer.lr * scale(step),
             "grad_norm": norm,
-            "tokens": tokens,
+            "tokens": seen,
             "tokens/s": read / (time.perf_counter() - begun),
         }
         context.log(step + 1, steps, metrics | dict(also(step + 1)))
         if (step + 1) % save_every == 0 and step + 1 < steps:
             context.save(
                 step + 1,
-                {f"model/{n}": t for n, t in model.state_dict().items()}
+                {f"model/{n}": t for n, t in trained(model).items()}
                 | {f"optimizer/{n}": t for n, t in optimizer.state_dict().items()},
-                {"tokens": tokens, "skipped": skipped},
+                {"tokens": seen, "skipped": skipped, "microbatch": tokens},
             )
     optimizer.widen_parameters()
 
 
+def _within_memory(
+    replicas: Replicas, optimizer: Optimizer, lesson: Lesson[Any], step: int, tokens: int
+) -> tuple[list[dict[str, float]], int]:
+    """What there is to log of the step's items, whose gradients are the model's then, and the size of the
+    micro-batches that they fit the memory with. Raises ``UserError`` when one example alone does not."""
+    while True:
+        items = lesson.items(step, tokens)
+        try:
+            return replicas.map(lesson.learn, items), tokens
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # outside of the handler: the error's frames hold the tensors that memory ran out with
+        optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if len(lesson.items(step, 1)) == len(items):
+            raise UserError(
+                "not even one example alone fits the memory; set checkpointing = true or "
+                'optimizer_state = "bfloat16", or leave the longest out'
+            )
+        tokens //= 2
+        while len(lesson.items(step, tokens)) == len(items):  # cut as before: no attempt is wasted on it
+            tokens //= 2
+
+
+def batches_within_memory(
+    replicas: Replicas,
+    work: Callable[[Transformer, Sequence[Batch]], list[Result]],
+    batches: Sequence[Batch],
+    undo: Callable[[], None] = lambda: None,
+) -> tuple[list[Result], int]:
+    """``replicas.map(work, batches)``, where ``work`` gives a result a batch. When memory runs out, there are
+    more batches, and more results, whose rows are in the same order; see :func:`map_within_memory`."""
+
+    def of_lots(model: Transformer, lots: Sequence[Lot]) -> list[list[Result]]:
+        return [work(model, lot.batches) for lot in lots]
+
+    found, halvings = map_within_memory(replicas, of_lots, [Lot((), [b]) for b in batches], undo)
+    return [result for results in found for result in results], halvings
+
+
+def require_room(model: Transformer, sequences: Sequence[Sequence1]) -> None:
+    """Raises ``UserError`` if one is longer than the model has positions."""
+    longest, room = max((len(s.ids) for s in sequences), default=0), model.config.max_position_embeddings
+    if longest > room:
+        raise UserError(
+            f"an example has {longest} tokens, and the model {room} positions; leave it out, or cut it"
+        )
+
+
+def pair_batches(
+    pairs: Sequence[tuple[Sequence1, Sequence1]], pad_id: int, tokens: int
+) -> list[tuple[list[int], Batch]]:
+    """Whole pairs in micro-batches of at most ``tokens`` tokens, or of one pair, the longest first: which they
+    are, and their ``[2N]`` rows, the two of each in turn."""
+    widths = [max(len(a.ids), len(b.ids)) for a, b in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: -widths[i])
+    found = []
+    while order:
+        count = max(1, tokens // (2 * widths[order[0]]))
+        lot, order = order[:count], order[count:]
+        found.append((lot, stacked([s for i in lot for s in pairs[i]], pad_id)))
+    return found
+
+
 class NextToken:
     """Cross-entropy of the tokens on the mask, the mean over those of the whole step: how it is cut into
-    micro-batches changes nothing. ``batches(step)`` gives them."""
+    micro-batches changes nothing. ``batches(step, tokens)`` gives them."""
 
-    def __init__(self, batches: Callable[[int], list[Batch]]) -> None:
+    def __init__(self, batches: Callable[[int, int], list[Batch]]) -> None:
         self.batches = batches
 
-    def items(self, step: int) -> list[tuple[Batch, float]]:
-        batches = self.batches(step)
+    def items(self, step: int, tokens: int) -> list[tuple[Batch, float]]:
+        batches = self.batches(step, tokens)
         weight = 1 / max(1, sum(int(b.mask_BT.sum()) for b in batches))
         return [(batch, weight) for batch in batches]
 
