@@ -201,20 +201,29 @@ def _asked(what: str, verifier: str) -> dict[str, Callable[[], Sequence[Question
     path = Path(what)
     recipe = load_recipe(path / "recipe.toml" if path.is_dir() else path)
     configs = [stage.config for stage in recipe.stages if isinstance(stage.config, Brought)]
-    files = dict.fromkeys(config.questions for config in configs if config.questions)
+    tables: dict[Questions, str] = {}  # every one that is different, and whose it is first
+    for stage in recipe.stages:
+        if isinstance(stage.config, Brought) and stage.config.questions:
+            tables.setdefault(stage.config.questions, stage.name)
     drawn_from = dict.fromkeys(
         name for c in configs if not c.questions for name in c.families() if name.startswith(PREFIX)
     )
-    if not files and not drawn_from:
+    if not tables and not drawn_from:
         raise UserError(f"no stage of '{recipe.name}' has questions of its own ([stages.NAME.questions])")
-    asked: dict[str, Callable[[], Sequence[Question]]] = {q.path: partial(read_questions, q) for q in files}
+    paths = [table.path for table in tables]
+    asked: dict[str, Callable[[], Sequence[Question]]] = {
+        q.path if paths.count(q.path) == 1 else f"{q.path} (stage {name})": partial(read_questions, q)
+        for q, name in tables.items()
+    }
     return asked | {name: partial(drawn, family(name)) for name in drawn_from}
 
 
 @app.command("eval", epilog="Example: liubai eval runs/zero/3-zero/checkpoint --problems countdown")
 def evaluate(
     checkpoint: Checkpoint,
-    problems: Annotated[str, typer.Option(help="A family of problems, or a file of questions.")],
+    problems: Annotated[
+        str, typer.Option(help="A family, or a file: all its rows are asked, those trained on, too.")
+    ],
     samples: Annotated[int, typer.Option(min=1, help="Answers a problem.")] = 16,
     limit: Annotated[int, typer.Option(min=1, help="How many problems.")] = 200,
     max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 320,
@@ -396,15 +405,18 @@ def main() -> int:
     except UserError as error:
         print("liubai: " + " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
-    except PermissionError as error:
-        print(f"liubai: permission denied: '{error.filename}'", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # the reader has gone (| head); nothing is left to say, not even by the interpreter at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        # the machine's refusal and no bug: no permission, a read-only file system, no temporary folder
+        reason = " ".join((error.strerror or str(error) or type(error).__name__).splitlines())
+        place = f": '{error.filename}'" if error.filename is not None else ""
+        print(f"liubai: {reason[:1].lower()}{reason[1:]}{place}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -44,7 +44,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
             _sync(temporary)
             os.replace(temporary, path)
         except BaseException:
-            _remove(temporary)
+            with suppress(OSError):  # what went wrong first is what has to be told
+                _remove(temporary)
             raise
         _sync(path.parent)
 
@@ -109,8 +110,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 os.rename(path, old)
             os.rename(temporary, path)
         except BaseException:
-            _remove(temporary)
-            recover(path)
+            with suppress(OSError):
+                _remove(temporary)
+            with suppress(OSError):
+                recover(path)
             raise
         _sync(path.parent)
         _remove(old)
@@ -123,6 +126,37 @@ def remove_folder(path: Path) -> None:
         os.rename(path, doomed)
         _remove(doomed)
     _remove(_old(path))
+
+
+def set_aside(path: Path) -> None:
+    """Make room in the place of the folder ``path``, whose content waits for :func:`put_back` or
+    :func:`let_go`. A kill leaves it whole under one of two names; after one, :func:`aside` finds it."""
+    let_go(path)
+    os.rename(path, _old(path))
+
+
+def put_back(path: Path) -> None:
+    """What was set aside takes its place again; what is there by now goes. Nothing, if nothing waits."""
+    if not _old(path).exists():
+        return
+    doomed = _temporary(path)
+    if path.exists():
+        os.rename(path, doomed)
+    os.rename(_old(path), path)
+    _remove(doomed)
+
+
+def let_go(path: Path) -> None:
+    """Delete what was set aside, so that a kill never leaves half of it to be put back."""
+    if _old(path).exists():
+        doomed = _temporary(path)
+        os.rename(_old(path), doomed)
+        _remove(doomed)
+
+
+def aside(folder: Path) -> list[Path]:
+    """The paths in ``folder`` whose old content stands aside."""
+    return sorted(folder / old.name[1 : -len(OLD)] for old in folder.glob(f".*{OLD}"))
 
 
 def recover(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -283,7 +284,19 @@ def test_grade_reads_stdin(liubai_: Any, graded: list[Any], monkeypatch: pytest.
         ("[" * 100_000, "x.jsonl:3: not JSON ("),
         ("[1]", "x.jsonl:3: must be a JSON object with 'verifier', 'gold' and 'response'"),
         ('{"verifier": "countdown", "gold": "x"}', "x.jsonl:3: 'response' is missing"),
-        ('{"verifier": "countdown", "gold": 3, "response": ""}', "x.jsonl:3: 'gold' must be a string, not 3"),
+        (
+            '{"verifier": "countdown", "gold": true, "response": ""}',
+            "x.jsonl:3: 'gold' must be a string, not true",
+        ),
+        (
+            '{"verifier": "number", "gold": NaN, "response": ""}',
+            "x.jsonl:3: 'gold' must be a string, not NaN",
+        ),
+        (
+            json.dumps({**GOOD, "verifier": "wxyz"}),
+            "x.jsonl:3: there is no verifier 'wxyz'; valid: choice, code, exact, json, judge, logic, math, "
+            "number, regex. Your own is",
+        ),
         (json.dumps({**GOOD, "meta": [1]}), "x.jsonl:3: 'meta' must be an object, not [1]"),
         (
             json.dumps({**GOOD, "verifier": "cuontdown"}),
@@ -297,6 +310,20 @@ def test_grade_names_the_bad_line_before_it_judges_any(
     Path("x.jsonl").write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
     assert mistake(liubai_("grade", "x.jsonl")).startswith(message)
     assert graded == []
+
+
+def test_grade_takes_a_number_as_its_text(liubai_: Any, graded: list[Any]) -> None:
+    golds = [5, -0.5, "5"]
+    Path("x.jsonl").write_text("".join(json.dumps({**GOOD, "gold": gold}) + "\n" for gold in golds))
+    assert liubai_("grade", "x.jsonl").code == 0
+    assert [item.gold for item, _, _ in graded] == ["5", "-0.5", "5"]
+
+
+def test_grade_of_nothing(liubai_: Any, graded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("x.jsonl").write_text("\n \n")
+    assert mistake(liubai_("grade", "x.jsonl")).startswith("'x.jsonl' has no answers; write one a line: {")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"")))
+    assert mistake(liubai_("grade", "-")).startswith("'-' has no answers")
 
 
 def test_grade_of_a_file_that_cannot_be_read(liubai_: Any) -> None:
@@ -407,3 +434,26 @@ def test_chat_streams_and_leaves_cleanly(
     assert result.out.startswith("> ")
     assert result.out.endswith("\n> \n")  # left at the prompt, on a line of its own
     assert len(result.out.split()) > 5
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/x"), "permission denied: '/x'"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "/x/y"), "read-only file system: '/x/y'"),
+        (OSError(errno.ENXIO, os.strerror(errno.ENXIO)), "no such device or address"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+            "no usable temporary directory found in ['/tmp']",
+        ),
+        (OSError("two\nlines"), "two lines"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(
+    liubai_: Any, monkeypatch: pytest.MonkeyPatch, error: OSError, said: str
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", refused)
+    assert mistake(liubai_("run", "x.toml")) == said

@@ -183,3 +183,19 @@ def test_divergence_and_gradient_equal_trl(kind: Callable[..., Tensor], beta: in
     assert got.item() == pytest.approx(wanted.item(), rel=1e-4)
     for mine, other in zip(*(torch.autograd.grad(t, x[:2]) for t in (got, wanted)), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_of_a_sixteen_bit_head_come_together_in_thirty_two(
+    kind: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liubai.learn.logprobs, "CHUNK_LOGITS", 2 * V)  # one token at a time
+    x = [t.detach() for t in inputs(8, tokens=512, dtype=torch.bfloat16)]
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight_VD = x[1].to(dtype).requires_grad_()
+        kind(x[0].to(dtype), weight_VD, x[2].to(dtype), x[3].to(dtype)).sum().backward()  # type: ignore[no-untyped-call]
+        assert weight_VD.grad is not None
+        assert weight_VD.grad.dtype == dtype
+        found.append(weight_VD.grad.float())
+    assert (found[0] - found[1]).norm() < 0.01 * found[0].norm()

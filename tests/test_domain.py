@@ -16,10 +16,12 @@ from conftest import tiny_config, tiny_model
 from liubai import cli
 from liubai.errors import UserError
 from liubai.grade import check_verifier
+from liubai.grade.judge import CAGED
+from liubai.grade.options import KNOWN, check_options
 from liubai.grade.sandbox import require
 from liubai.grade.verifiers import VERIFIERS
 from liubai.measure.findings import describe
-from liubai.measure.soundness import Finding, Soundness, soundness
+from liubai.measure.soundness import GIVE_UP, Finding, Soundness, soundness
 from liubai.measure.tricks import TRICKS
 from liubai.model.checkpoint import save_checkpoint
 from liubai.problems.questions import Question, Questions, read_questions
@@ -176,6 +178,62 @@ def test_a_checker_that_hangs_or_is_slow_is_reported(tmp_path: Path) -> None:
     found = soundness([question(f"{path}:f", "12")], timeout_s=0.5)
     assert found.sound  # a trick that is not judged is not called right
     assert {f.kind for f in found.findings} == {"slow", "split"}
+
+
+def test_a_checker_that_always_hangs_is_given_up(tmp_path: Path) -> None:
+    path = tmp_path / "checker.py"
+    path.write_text(
+        f"import time\ndef f(gold, answer, meta):\n    open({str(tmp_path / 'n')!r}, 'a').write('x')"
+        "\n    time.sleep(9)\n"
+    )
+    asked = [question(f"{path}:f", str(n)) for n in range(40)] + [question("number", "7")]
+    found = soundness(asked, timeout_s=0.1)
+    asked_for = len((tmp_path / "n").read_text())
+    assert GIVE_UP <= asked_for <= GIVE_UP + 2  # two workers
+    (given_up,) = [f for f in found.findings if "given up" in f.message]
+    assert given_up.fatal
+    assert not [f for f in found.findings if "'number'" in f.message]
+
+
+def test_an_option_that_its_verifier_does_not_know(tmp_path: Path) -> None:
+    row = {"question": "How far is it to the sea?", "answer": "5", "einheit": "km"}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"question": "Why?", "einheit": None}) + "\n")
+    (tmp_path / "checker.py").write_text("def f(gold, answer, meta):\n    return answer == gold\n")
+
+    def told(verifier: str) -> list[tuple[int, str]]:
+        found = soundness(
+            read_questions(Questions(path=str(path), default_verifier=verifier, meta=("einheit",)))
+        )
+        return [(f.line, f.message) for f in found.findings if f.kind == "verifier" and f.fatal]
+
+    ((line, message),) = told("number")
+    assert line == 1
+    assert "meta 'einheit' is no option of 'number' (it knows tolerance, unit)" in message
+    assert told(f"{tmp_path / 'checker.py'}:f") == []
+
+
+# each has every option that it knows, and nothing is called unknown
+@pytest.mark.parametrize(
+    ("verifier", "gold", "meta"),
+    [
+        ("number", "5", {"tolerance": 0.1, "unit": "m", "question": "?"}),
+        ("math", "5", {"tolerance": 0.1, "compute": True, "question": "?"}),
+        ("choice", "A", {"choices": "AB"}),
+        ("json", "{}", {"ordered": True, "subset": False}),
+        ("regex", "a", {"ignore_case": True}),
+        ("logic", "p & q", {"kind": "formula", "max_signs": 9}),
+        ("code", "assert f()", {"kind": "assert", "entry_point": "f", "timeout": 1, "memory_mb": 99}),
+        ("judge", "5", {"anything": 1}),
+        ("gym", "5", {"dataset": "x", "options": {}, "entry": "y"}),
+    ],
+)
+def test_what_a_verifier_knows(verifier: str, gold: str, meta: dict[str, Any]) -> None:
+    check_options(verifier, gold, meta)
+
+
+def test_the_options_of_all_our_verifiers_are_known() -> None:
+    assert set(KNOWN) == (VERIFIERS.keys() | CAGED.keys()) - {"gym", "judge"}
 
 
 # ---- programs ----
@@ -369,7 +427,7 @@ def test_a_changed_question_or_model_is_another_run(
 
 PATH, MODEL = 'path = "questions.csv"', 'model = "model"\npreset'
 MISTAKES = [
-    (MODEL, f'from = "before"\n{MODEL}', "begins with one"),
+    (MODEL, MODEL.replace('"model"', '"models"'), "home/models'"),
     (MODEL, "preset", "Or name a model"),
     ('"dr-grpo"', '"dr-grop"', "'stages.train': there is no preset 'dr-grop'; did you mean 'dr-grpo'"),
     ("questions.csv", "nowhere.csv", "there is no file"),
@@ -393,6 +451,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(
 UNREADY: list[tuple[dict[str, Any], str, str]] = [
     ({"verifier": "numbr"}, "", "there is no verifier 'numbr'; did you mean 'number'"),
     ({"verifier": "number", "t": "a tenth"}, "", "meta 'tolerance' is a number"),
+    ({"verifier": "exact", "t": 0.1}, "", "meta 'tolerance' is no option of 'exact' (it has none)"),
     ({"verifier": "math", "t": 2}, "", "meta 'tolerance' is a number"),
     ({"verifier": "mine.py:f"}, "import nowhere_at_all", "cannot be loaded: ModuleNotFoundError"),
     ({"verifier": "mine.py:f"}, "def f(:", "cannot be loaded: SyntaxError"),
@@ -427,3 +486,39 @@ def test_eval_asks_the_same_first(liubai_: Any, domain: Path) -> None:
     run = liubai_("eval", "home/model", "--problems", "home/q.jsonl")
     assert run.code == 2
     assert "q.jsonl:1: there is no verifier 'numbr'" in run.err
+
+
+def test_check_looks_at_every_table_of_a_file(liubai_: Any, domain: Path) -> None:
+    """The second table of the same file has another verifier, by which no gold answer is right."""
+    (domain / "mine.py").write_text("def f(gold, answer, meta):\n    return False\n")
+    wrong = 'default_verifier = "mine.py:f"'
+    head, _, _ = RECIPE.rpartition('default_verifier = "exact"')
+    assert liubai_("check", "home").code == 0
+    (domain / "recipe.toml").write_text(head + wrong + "\n")
+    done = liubai_("check", "home", "--json")
+    assert done.code == 2
+    found = json.loads(done.out)["files"]
+    path = domain / "questions.csv"
+    assert set(found) == {f"{path} (stage before)", f"{path} (stage train)"}
+    assert not [f for f in found[f"{path} (stage before)"]["findings"] if f["fatal"]]
+    assert "calls wrong its own gold answer" in json.dumps(found[f"{path} (stage train)"])
+
+
+def test_a_run_whose_answers_nobody_can_judge_says_so_once_a_stage(
+    liubai_: Any, domain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gold answers can be judged: only what the model says breaks the checker."""
+    for reader in ("evaluate", "rollouts"):
+        monkeypatch.setattr(
+            f"liubai.stages.{reader}.text_of", lambda *_: "<think> x </think> <answer>7777</answer>"
+        )
+    (domain / "mine.py").write_text("def f(gold, answer, meta):\n    return {gold: True}[answer]\n")
+    text = RECIPE.replace('default_verifier = "exact"', 'default_verifier = "mine.py:f"')
+    (domain / "recipe.toml").write_text(text)
+    run = liubai_("run", "home/recipe.toml", "--out", "run", "--no-live")
+    assert run.code == 0, run.err
+    said = [line for line in (run.out + run.err).splitlines() if "every verdict was an error" in line]
+    assert len(said) == 2
+    assert "before: every verdict was an error: " in said[0]
+    assert "train: every verdict was an error: " in said[1]
+    assert "KeyError" in said[0]

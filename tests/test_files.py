@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toy_stage import kill_at_call
@@ -185,3 +186,65 @@ def test_killed_at_every_step_of_a_replacement_one_whole_folder_is_found(tmp_pat
     assert set(seen) == {"old", "new"}
     assert seen == sorted(seen, reverse=True)  # old, old, … new: never back
     assert at > 8
+
+
+def test_what_steps_aside_comes_back_or_goes(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "a").write_text("old")
+    files.set_aside(here)
+    assert not here.exists()
+    assert files.aside(tmp_path) == [here]
+    here.mkdir()
+    (here / "b").write_text("new")
+    files.put_back(here)
+    assert {path.name: path.read_text() for path in here.iterdir()} == {"a": "old"}
+    files.put_back(here)  # nothing waits
+    files.set_aside(here)
+    here.mkdir()
+    files.let_go(here)
+    files.put_back(here)
+    assert names(tmp_path) == {"here"}
+    assert names(here) == set()
+
+
+@pytest.mark.parametrize("end", ["put_back", "let_go"])
+def test_killed_between_stepping_aside_and_coming_back(end: str, tmp_path: Path) -> None:
+    """Under the name, or beside it, the old one is whole until the end; then it is not half there."""
+    at = 0
+    while True:
+        at += 1
+        folder = tmp_path / str(at)
+        here = folder / "here"
+        here.mkdir(parents=True)
+        for name in "abc":
+            (here / name).write_text("old")
+        child = os.fork()
+        if child == 0:
+            kill_at_call(at)
+            files.set_aside(here)
+            here.mkdir()
+            getattr(files, end)(here)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if here in files.aside(folder):
+            files.put_back(here)
+        files.sweep(folder)
+        assert names(folder) == {"here"}
+        assert names(here) == set("abc") or (end == "let_go" and names(here) == set())
+        if not os.WIFSIGNALED(status):
+            break
+    assert at > 3
+
+
+@pytest.mark.parametrize("writer", [files.atomic_file, files.atomic_folder])
+def test_the_first_error_is_the_one_that_is_told(
+    writer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path) -> None:
+        if path.name.endswith(files.TEMPORARY):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(files, "_remove", broken)
+    with pytest.raises(RuntimeError, match="the first"), writer(tmp_path / "a"):
+        raise RuntimeError("the first")

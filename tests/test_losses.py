@@ -442,6 +442,16 @@ def test_presets_have_the_numbers_of_their_papers() -> None:
     assert (p["dapo"].refills > 0, p["dapo"].rewards.overlong) == (True, -1.0)
 
 
+def test_a_loss_without_a_preset_is_weighed_as_ours() -> None:
+    raw = {"steps": 1, "loss": {"kl": 0.001}}
+    loss = rl.Config.model_validate(rl.Config.filled(raw)).loss
+    ours = rl.Config.model_validate(rl.Config.filled({"steps": 1, "preset": "liubai"})).loss
+    assert loss == ours.model_copy(update={"kl": 0.001})
+    assert raw == {"steps": 1, "loss": {"kl": 0.001}}
+    own = rl.Config.filled({"steps": 1, "loss": {"aggregation": "dr-grpo"}})["loss"]
+    assert own == {"aggregation": "dr-grpo"}
+
+
 def test_an_unknown_preset_is_refused() -> None:
     with pytest.raises(UserError, match=r"no preset 'dapoo'; did you mean 'dapo'\?"):
         rl.Config.filled({"steps": 1, "preset": "dapoo"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -386,6 +387,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         rf"{NORM} is \[31\], config\.json says \[32\]",
     ),
     "broadcastable shape": (lambda f: change_weights(f, lambda w: w | {NORM: torch.ones(1)}), NORM),
+    "whole numbers": (
+        lambda f: change_weights(f, lambda w: w | {NORM: torch.ones(32, dtype=torch.int8)}),
+        rf"{NORM} is stored as I8, not in floating point",
+    ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), r"no tokenizer\.json"),
     "bad tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "is not a tokenizer"),
 }
@@ -397,6 +402,12 @@ def test_a_bad_checkpoint_is_named(case: str, checkpoint: Path) -> None:
     spoil(checkpoint)
     with pytest.raises(UserError, match=message):
         load(checkpoint)
+
+
+def test_weights_may_be_read_by_whom_their_neighbours_may(checkpoint: Path) -> None:
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in checkpoint.iterdir()}
+    (checkpoint / "new").touch()
+    assert modes == {stat.S_IMODE((checkpoint / "new").stat().st_mode)}
 
 
 def test_shards_open_here_and_in_transformers(checkpoint: Path) -> None:

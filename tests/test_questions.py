@@ -7,8 +7,10 @@ import datetime
 import json
 import os
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +76,9 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
         ("a.parquet", b"PAR1 but not really", "is not a whole Parquet file"),
         ("a.jsonl", '{"question": "x"}\n'.encode("utf-16"), r"a\.jsonl:1: not UTF-8 text"),
         ("a.txt", b"hello", "questions are read from .jsonl"),
+        ("a.csv", b"question;answer\nx;y\n", r"a\.csv:1: cells are separated by commas, not by ';'"),
+        ("a.csv", b"question\tanswer\nx\ty\n", r"a\.csv:1: cells are separated by commas, not by tabs"),
+        ("b.jsonl", b'{"question": "x"}\n{"question"\n', r"b\.jsonl:2: not JSON \([^()]*, column 12\)$"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(
@@ -161,6 +166,24 @@ def test_a_data_set_of_the_hub_without_the_package_or_a_network() -> None:
         list(read_rows("hf:org/name"))
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("hf:org/name", ("org/name", None, "train")),
+        ("hf:org/name:test", ("org/name", None, "test")),
+        ("hf:org/name@main", ("org/name", "main", "train")),
+        ("hf:org/name@main:test[:9]", ("org/name", "main", "test[:9]")),
+    ],
+)
+def test_what_the_hub_is_asked_for(name: str, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(repository: str, configuration: str | None, split: str) -> list[dict[str, Any]]:
+        assert (repository, configuration, split) == asked
+        return ROWS[:2]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert list(read_rows(name)) == [(1, ROWS[0]), (2, ROWS[1])]
+
+
 # ---- rows to problems ----
 
 
@@ -200,7 +223,7 @@ def test_columns_verifiers_and_what_precedes_the_answer(tmp_path: Path) -> None:
         (
             {"questions": "1", "answer": "2"},
             {},
-            r":2: there is no column 'question'; did you mean 'questions'\?",
+            r":2: there is no column 'question'; there are: questions, answer\. A recipe says",
         ),
         ({"question": "1"}, {}, ":2: there is no column 'answer'"),
         ({"question": "  ", "answer": "2"}, {}, ":2: 'question' is empty"),
@@ -317,6 +340,21 @@ def test_questions_of_an_evaluation_set_are_not_trained_on(tmp_path: Path) -> No
     kept = read_questions(config(path, eval_share=0.0, keep_out=(bench,)))
     assert kept[-1].left_out == f"shares ten words with {bench}"
     assert [q.left_out for q in kept[:-1]] == [""] * len(ROWS)
+
+
+@pytest.mark.parametrize("column", ["q", "question", "problem", "prompt"])
+def test_a_file_to_keep_out_may_have_another_column(column: str, tmp_path: Path) -> None:
+    bench = jsonl(tmp_path / "bench.jsonl", [{"solution": "none", column: LONG.format(1) + " and sleeps."}])
+    listed = [{"q": "Hear this: " + LONG.format(1) + ". Why?", "answer": "1"}, {"q": "What?", "answer": "2"}]
+    asked = config(jsonl(tmp_path / "a.jsonl", listed), question="q", eval_share=0.0, keep_out=(bench,))
+    assert [q.left_out for q in read_questions(asked)] == [f"shares ten words with {bench}", ""]
+
+
+def test_a_file_to_keep_out_without_questions_is_named(tmp_path: Path) -> None:
+    bench = jsonl(tmp_path / "bench.jsonl", [{"solution": "none", "id": 3}])
+    asked = config(jsonl(tmp_path / "a.jsonl", ROWS), keep_out=(bench,))
+    with pytest.raises(UserError, match=r"bench\.jsonl:1: .*'question', 'problem'.*there are: solution, id$"):
+        read_questions(asked)
 
 
 def test_ten_words_in_a_row() -> None:

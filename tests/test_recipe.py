@@ -273,12 +273,33 @@ def test_a_mistake_in_an_override_is_one_line(recipe: Path, override: str, messa
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no recipe file '.*/nope\.toml'"):
         load_recipe(tmp_path / "nope.toml")
-    with pytest.raises(UserError, match=r"cannot read the recipe '.*': Is a directory"):
+    with pytest.raises(UserError, match=r"is a folder; name the recipe in it: .*/recipe\.toml$"):
         load_recipe(tmp_path)
+    for name, content in (("q.json", b'[{"question": 1}]\n{'), ("q.txt", b"Who?\n"), ("q.xlsx", b"PK\x90")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"questions are read from \.jsonl, \.csv, \.parquet$"):
+            load_recipe(tmp_path / name)
     path = tmp_path / "latin.toml"
     path.write_bytes(b'name = "\xe9"')
     with pytest.raises(UserError, match=r"latin\.toml: not UTF-8 text"):
         load_recipe(path)
+
+
+def test_a_byte_order_mark_is_no_statement(tmp_path: Path) -> None:
+    path = written(tmp_path, TWO)
+    plain = load_recipe(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_recipe(path) == plain
+
+
+def test_a_key_without_its_stage_is_told_where_it_belongs(tmp_path: Path) -> None:
+    path = written(tmp_path, TWO)
+    first, second = (stage.name for stage in load_recipe(path).stages)
+    hint = re.escape(f"name its stage, too: {first}.steps or {second}.steps")
+    with pytest.raises(UserError, match=rf"'steps' is no key of .*; {hint}$"):
+        load_recipe(path, ["steps=3"])
+    with pytest.raises(UserError, match="did you mean 'seed'"):
+        load_recipe(path, ["sed=3"])
 
 
 def test_every_mistake_names_the_file(tmp_path: Path) -> None:

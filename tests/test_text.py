@@ -157,8 +157,22 @@ def test_a_template_that_is_not_text_is_named(tmp_path: Path) -> None:
         template_for(TOKENIZER, tmp_path)
 
 
+def test_a_template_says_itself_what_it_refuses() -> None:
+    source = "{% if enable_thinking %}{{ raise_exception('Not so, please') }}{% endif %}"
+    with pytest.raises(UserError, match=r"does not work: Not so, please; mend .*chat_template\.jinja"):
+        Template(TOKENIZER, source + BARE)
+    assert Template(TOKENIZER, source + BARE, thinking=False).render("1") == Template(
+        TOKENIZER, BARE, thinking=False
+    ).render("1")
+
+
+def test_a_template_that_leaves_the_question_out_is_refused() -> None:
+    with pytest.raises(UserError, match="the same prompt for different questions"):
+        Template(TOKENIZER, "User: {{ message }} <think>")
+
+
 def test_a_template_that_breaks_on_one_question_says_so() -> None:
-    template = Template(TOKENIZER, "{{ 1 / (messages[0].content | length - 2) }}")
+    template = Template(TOKENIZER, "{{ messages[0].content }}{{ 1 / (messages[0].content | length - 2) }}")
     template.render("1")
     with pytest.raises(UserError, match="chat template does not work: division by zero"):
         template.prompt_ids("12")

@@ -47,7 +47,9 @@ def forward_kl(
 
 
 def _reverse(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-    return torch.linalg.vecdot(student_NV.exp(), student_NV - teacher_NV)
+    # what the other half of the product's gradient gives sums to 0 in a softmax; left in, it is rounding
+    # noise where the two agree, which Adam would make full steps of
+    return torch.linalg.vecdot(student_NV.exp(), (student_NV - teacher_NV).detach())
 
 
 def _forward(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:

@@ -146,6 +146,11 @@ def stacked(sequences: Sequence[Sequence1], pad_id: int) -> Batch:
     return _lay_out(sequences, [[i] for i in range(len(sequences))], width, pad_id)
 
 
+def by_length(sequences: Sequence[Sequence1]) -> list[int]:
+    """Their numbers, the longest first: the order of the rows of ``micro_batches``."""
+    return sorted(range(len(sequences)), key=lambda i: -len(sequences[i].ids))
+
+
 def micro_batches(sequences: Sequence[Sequence1], pad_id: int, tokens: int) -> list[Batch]:
     """Sequences of similar length share a micro-batch of at most ``tokens`` tokens (or one sequence
     that is longer), a row each. What they continue counts a quarter: it is only attended to.
@@ -154,7 +159,7 @@ def micro_batches(sequences: Sequence[Sequence1], pad_id: int, tokens: int) -> l
     little padding; attention costs each token the width of its row; and no row needs a mask.
     """
     lots: list[list[Sequence1]] = []
-    for s in sorted(sequences, key=lambda s: -len(s.ids)):
+    for s in (sequences[i] for i in by_length(sequences)):
         rows = len(lots[-1]) + 1 if lots else 0
         width = len(lots[-1][0].ids) if lots else 0
         if not rows or rows * width > tokens or rows * (s.start + width) > 4 * tokens:

@@ -80,10 +80,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def expand(raw: dict[str, Any]) -> dict[str, Any]:
-    """``raw`` with the keys of its ``preset`` under its own. Raises ``UserError`` for an unknown name."""
+    """``raw`` with the keys of its ``preset`` under its own; a loss that says neither a preset nor how tokens
+    are weighed weighs them as ``liubai`` does. Raises ``UserError`` for an unknown name."""
     name = raw.get("preset")
     if name is None:
-        return raw
+        ours = {"aggregation": PRESETS["liubai"]["loss"]["aggregation"]}
+        return _over({"loss": ours}, raw) if isinstance(raw.get("loss"), dict) else raw
     if name not in PRESETS:
         raise UserError(f"there is no preset '{str(name)[:40]}'; {nearest(str(name), PRESETS)}")
     return _over(PRESETS[name], raw)

@@ -8,7 +8,10 @@ thing, the others cost time or say less than they seem to.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from liubai.errors import UserError
@@ -27,6 +30,8 @@ DRAWN = 20
 SPLITS: tuple[Split, ...] = ("train", "eval")
 #: seconds that a verdict may take on average before it slows training down
 SLOW = 0.2
+#: verdicts of a verifier in a row that do not come in time before it is given up
+GIVE_UP = 5
 #: words of a question, and characters of an answer, that are worth a second look
 LONG_QUESTION, LONG_ANSWER = 2000, 500
 
@@ -87,21 +92,36 @@ def soundness(
     findings += _unproven(usable)
     jobs = _jobs(usable)
     seconds: dict[str, list[float]] = {}
-    with GraderPool(workers=workers, timeout_s=timeout_s) as pool:
-        for done, (q, trick, item) in enumerate(jobs, 1):
-            began = time.perf_counter()
-            (verdict,) = pool.gather(pool.submit([item]))
-            seconds.setdefault(item.verifier, []).append(time.perf_counter() - began)
-            if finding := _finding(q, trick, verdict):
-                findings.append(finding)
+    unasked: dict[str, list[tuple[Question, str]]] = {}
+    with GraderPool(workers=workers, timeout_s=timeout_s) as pool, ExitStack() as stack:
+        threads = ThreadPoolExecutor(workers)
+        # Ctrl-C waits for nobody: what waits is dropped, and the closing pool answers the rest
+        stack.callback(threads.shutdown, wait=False, cancel_futures=True)
+        judged = threads.map(_Judge(pool), [item for _, _, item in jobs])
+        for done, ((q, trick, item), (verdict, took)) in enumerate(zip(jobs, judged, strict=True), 1):
+            if verdict is None:
+                unasked.setdefault(item.verifier, []).append((q, trick))
+            else:
+                seconds.setdefault(item.verifier, []).append(took)
+                if finding := _finding(q, trick, verdict):
+                    findings.append(finding)
             if progress:
                 progress(done, len(jobs))
-    # the first verdict of a verifier pays for its imports
-    means = {name: sum(each[1:] or each) / max(1, len(each[1:] or each)) for name, each in seconds.items()}
+    means = {name: _mean(each, workers) for name, each in seconds.items()}
     findings += [
         Finding(0, "slow", f"'{name}' takes {mean:.2f} s a verdict")
         for name, mean in means.items()
-        if mean > SLOW
+        if mean > SLOW and name not in unasked
+    ]
+    findings += [
+        Finding(
+            left[0][0].line,
+            "slow",
+            f"'{name}' gave no verdict within {timeout_s:g} s, {GIVE_UP} times in a row; it was given up, "
+            f"and {len(left)} answers were not judged",
+            fatal=any(not trick for _, trick in left),  # a right answer that nobody judged is not proven
+        )
+        for name, left in unasked.items()
     ]
     used = [q for q in questions if not q.left_out]
     held_out = sum(q.held_out for q in used)
@@ -114,6 +134,33 @@ def soundness(
         means,
         sorted(findings, key=lambda f: f.line),
     )
+
+
+class _Judge:
+    """An item's verdict and its seconds, until a verifier hangs :data:`GIVE_UP` times in a row: then none.
+    Called by as many threads as the pool has workers, so that no verdict waits for another one."""
+
+    def __init__(self, pool: GraderPool) -> None:
+        self._pool = pool
+        self._hung: Counter[str] = Counter()  # a lost count costs one timeout more
+
+    def __call__(self, item: GradeItem) -> tuple[Verdict | None, float]:
+        if self._hung[item.verifier] >= GIVE_UP:
+            return None, 0.0
+        began = time.perf_counter()
+        (verdict,) = self._pool.gather(self._pool.submit([item]))
+        took = time.perf_counter() - began
+        if verdict.error is not None and "timeout after" in verdict.error:
+            self._hung[item.verifier] += 1
+        elif verdict.answer is not None and self._hung[item.verifier] < GIVE_UP:
+            self._hung[item.verifier] = 0
+        return verdict, took
+
+
+def _mean(seconds: Sequence[float], workers: int) -> float:
+    """Without the longest, one a worker: the first verdict of each pays for imports."""
+    rest = sorted(seconds)[:-workers] or seconds
+    return sum(rest) / len(rest)
 
 
 def drawn(family: Family) -> list[Question]:

@@ -29,6 +29,8 @@ from liubai.text.tokenizer import TextTokenizer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 #: Weights of more bytes than this are written as shards.
 SHARD = 5 << 30
+#: What weights may be stored as, in the names of safetensors.
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 Model = TypeVar("Model", bound=Transformer)
 
@@ -93,7 +95,10 @@ def _save_tensors(
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         shard = {to_hf_name(n): weights[n].detach().to("cpu", dtype).contiguous() for n in names}
+        (folder / file).touch()  # as others write: safetensors' own files can be read by their owner alone
+        mode = (folder / file).stat().st_mode
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(mode)
         home |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": home})
@@ -187,7 +192,7 @@ def read_weights(
 @contextmanager
 def stored_weights(folder: Path, model: Transformer) -> Iterator[dict[str, Callable[[], Tensor]]]:
     """Parameter name -> what reads it from the open file, in the file's dtype. Raises ``UserError`` unless
-    ``folder`` holds exactly the tensors of ``model``, whose shapes alone are looked at."""
+    ``folder`` holds exactly the tensors of ``model``, whose shapes alone are looked at, in floating point."""
     own = model.state_dict()
     wanted = {to_hf_name(name): name for name in own}
     # some exporters write the tied head once more; it is the embedding
@@ -201,7 +206,13 @@ def stored_weights(folder: Path, model: Transformer) -> Iterator[dict[str, Calla
             what = f"lacks {missing[0]}" if missing else f"has an unknown tensor {extra[0]}"
             raise UserError(f"the checkpoint '{folder}' {what}, which its config.json does not allow")
         for theirs, ours in wanted.items():
-            shape = list(home[theirs].get_slice(theirs).get_shape())
+            stored = home[theirs].get_slice(theirs)
+            if stored.get_dtype() not in FLOATS:
+                raise UserError(
+                    f"'{folder}': {theirs} is stored as {stored.get_dtype()}, not in floating point; "
+                    "quantised weights are not supported: bring the checkpoint that they were made of"
+                )
+            shape = list(stored.get_shape())
             if shape != list(own[ours].shape):
                 raise UserError(f"'{folder}': {theirs} is {shape}, config.json says {list(own[ours].shape)}")
         yield {ours: partial(home[theirs].get_tensor, theirs) for theirs, ours in wanted.items()}

@@ -16,16 +16,22 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import realpath
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from liubai.errors import UserError, nearest
+from liubai.errors import UserError
 from liubai.problems.rows import Row, digest, place, read_rows
 from liubai.problems.words import HAN, grams, identity, near_duplicates, share_of
 from liubai.types import Problem
 
+#: where the questions of a file to keep out may stand, if not in the recipe's own column
+KEPT_IN = ("question", "problem", "prompt")
+
+#: What decides on which side of the split a question of a file stands, and whether it is trained on.
+SPLIT = ("question", "eval_share", "keep_out")
 _NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 
 
@@ -51,7 +57,7 @@ class Questions(BaseModel):
     #: asked before every question, such as "Put the answer in \\boxed{}."
     instruction: str = ""
     eval_share: float = Field(0.2, ge=0, le=1)
-    #: files whose questions must not be trained on; their questions stand in ``question``
+    #: files whose questions must not be trained on; they stand in ``question`` or a column of KEPT_IN
     keep_out: tuple[str, ...] = ()
 
     def located(self, folder: Path) -> Questions:
@@ -131,6 +137,17 @@ def read_questions(config: Questions) -> list[Question]:
     return found
 
 
+def disagreement(one: Questions, other: Questions) -> str:
+    """The first key by which two tables of one file split it differently, or "": what one trains on, the
+    other may hold out. Columns of verifiers, answers and instructions move no question."""
+    if realpath(one.path) != realpath(other.path):
+        return ""
+    sides = [{key: getattr(table, key) for key in SPLIT} for table in (one, other)]
+    for side in sides:
+        side["keep_out"] = {realpath(path) for path in side["keep_out"]}
+    return next((key for key in SPLIT if sides[0][key] != sides[1][key]), "")
+
+
 def splits(found: Sequence[Question]) -> tuple[list[Problem], list[Problem]]:
     """What is trained on, and what is held out: of the latter those first whose words hash lowest."""
     used = [q for q in found if not q.left_out]
@@ -160,7 +177,7 @@ def _entry(row: Row, config: Questions, line: int) -> Entry:
         empty = config.question if not question.strip() else config.answer
         raise UserError(f"{where}: '{empty}' is empty")
     if missing := [name for name in config.meta if name not in row]:
-        raise UserError(f"{where}: there is no column '{missing[0]}'; {nearest(missing[0], row)}")
+        raise UserError(f"{where}: there is no column '{missing[0]}'; {_columns(row)}")
     verifier = str(row.get(config.verifier) or config.default_verifier)
     if ":" in verifier and verifier != config.default_verifier:
         named = {c.rpartition("/")[2]: c for c in config.checkers}  # a recipe may stand elsewhere
@@ -196,7 +213,10 @@ def _cell(text: str) -> Any:
 
 def _text(row: Row, name: str, where: str, structured: bool = False) -> str:
     if name not in row:
-        raise UserError(f"{where}: there is no column '{name}'; {nearest(name, map(str, row))}")
+        raise UserError(
+            f"{where}: there is no column '{name}'; {_columns(row)}. A recipe says which is which "
+            '(question = "…", answer = "…")'
+        )
     value = row[name]
     if isinstance(value, bytes):  # Parquet's, where the writer did not say that it is text
         with contextlib.suppress(UnicodeDecodeError):
@@ -211,6 +231,10 @@ def _text(row: Row, name: str, where: str, structured: bool = False) -> str:
     if _NO_TEXT.search(text):
         raise UserError(f"{where}: '{name}' has a character that is no text (NUL, or half of a pair)")
     return text
+
+
+def _columns(row: Row) -> str:
+    return "there are: " + (", ".join(map(str, row)) or "none")
 
 
 def _json(value: object, name: str, where: str) -> str:
@@ -230,7 +254,12 @@ def _kept_out(config: Questions, entries: Sequence[Entry], groups: Sequence[int]
     forbidden: dict[int, str] = {}
     for path in config.keep_out:
         for line, row in read_rows(path):
-            for gram in grams(_text(row, config.question, f"{path}:{line}")):
+            names = (config.question, *KEPT_IN)
+            column = next((name for name in names if name in row), None)
+            if column is None:
+                tried = ", ".join(f"'{name}'" for name in dict.fromkeys(names))
+                raise UserError(f"{path}:{line}: a file to keep out needs a column {tried}; {_columns(row)}")
+            for gram in grams(_text(row, column, f"{path}:{line}")):
                 forbidden.setdefault(gram, path)
     found: dict[int, str] = {}
     for group, entry in zip(groups, entries, strict=True):

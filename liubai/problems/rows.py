@@ -17,7 +17,7 @@ from liubai.errors import UserError
 
 #: A longer line is not a question (a whole file without line ends, say).
 MAX_LINE = 16 << 20  #: bytes
-HUB = "hf:"  #: ``hf:org/name`` or ``hf:org/name:split``
+HUB = "hf:"  #: ``hf:org/name``, ``hf:org/name:split`` or ``hf:org/name@configuration:split``
 
 Row = dict[str, Any]
 
@@ -93,10 +93,17 @@ def _jsonl(file: Path) -> Iterator[tuple[int, Row]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}:{number}: not JSON ({error})") from None
+            raise UserError(f"{file}:{number}: not JSON ({broken_json(error)})") from None
         if not isinstance(row, dict):
             raise UserError(f"{file}:{number}: must be a JSON object, one question a line")
         yield number, row
+
+
+def broken_json(error: Exception) -> str:
+    """What is wrong with one line of JSON: without the parser's own "line 1", beside ours another line."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    return f"{error.msg}, column {min(error.pos, len(error.doc.rstrip())) + 1}"
 
 
 def _csv(file: Path) -> Iterator[tuple[int, Row]]:
@@ -115,6 +122,12 @@ def _csv(file: Path) -> Iterator[tuple[int, Row]]:
             continue
         if not names:
             names = [name.strip() for name in cells]
+            if len(names) == 1 and (other := next((s for s in ";\t" if s in names[0]), "")):
+                shown = "tabs" if other == "\t" else f"'{other}'"
+                raise UserError(
+                    f"{file}:{number}: cells are separated by commas, not by {shown}; save the table as CSV "
+                    "with commas"
+                )
             if twice := {n for n in names if names.count(n) > 1}:
                 raise UserError(f"{file}:{number}: the column '{min(twice)}' is there twice")
             continue
@@ -146,9 +159,10 @@ def _hub(name: str) -> Iterator[tuple[int, Row]]:
         raise UserError(
             "data sets of the hub need the package datasets: pip install 'liubai[data]'"
         ) from None
-    repository, _, split = name.partition(":")
+    named, _, split = name.partition(":")
+    repository, _, configuration = named.partition("@")
     try:
-        rows = datasets.load_dataset(repository, split=split or "train")
+        rows = datasets.load_dataset(repository, configuration or None, split=split or "train")
     except Exception as error:  # dozens of kinds, its transports' among them
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the hub gave no data set '{repository}' ({reason})") from error

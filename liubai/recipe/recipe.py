@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, ValidationError
 
 from liubai.errors import UserError, nearest
+from liubai.problems.rows import ENDINGS
 from liubai.recipe import toml
 from liubai.stages import stage_module
 from liubai.stages.config import StageConfig
@@ -81,17 +82,33 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"there is no recipe file '{path}'") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        reason = f"{error.reason} at byte {error.start}"
+        raise UserError(f"{path}: not UTF-8 text ({reason}){_ending(path)}") from None
+    except IsADirectoryError:
+        raise UserError(f"'{path}' is a folder; name the recipe in it: {_inside(path)}") from None
     except OSError as error:
         raise UserError(f"cannot read the recipe '{path}': {error.strerror}") from None
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UserError(_syntax(path, text, str(error))) from None
+        raise UserError(_syntax(path, text, str(error)) + _ending(path)) from None
+
+
+def _inside(folder: Path) -> Path:
+    """A recipe of the folder, that of `liubai init` before others."""
+    usual, found = folder / "recipe.toml", sorted(folder.glob("*.toml"))
+    return found[0] if found and usual not in found else usual
+
+
+def _ending(path: Path) -> str:
+    """What to say about a file that is no recipe, and by its name was never meant to be one."""
+    if path.suffix.lower() == ".toml":
+        return ""
+    return f". Recipes end in .toml; questions are read from {', '.join(ENDINGS)}"
 
 
 def _syntax(path: Path, text: str, message: str) -> str:
@@ -119,13 +136,19 @@ def _override(raw: dict[str, Any], override: str, path: Path) -> None:
     if not equals or not all(keys):
         raise UserError(f"--set '{override}': write stage.key=value, for example base.steps=100 ({path})")
     stages = raw.get("stages")
-    names = list(stages) if isinstance(stages, dict) else []
+    stages = stages if isinstance(stages, dict) else {}
+    names = list(stages)
     if keys[0] == "stages" and len(keys) > 1 and "stages" not in names:
         keys = keys[1:]  # the dotted key as error messages and the file spell it
     top = [key for key in TOP if key != "stages"]
     if len(keys) == 1:
         if keys[0] not in top:
-            hint = "name a key of the stage too" if keys[0] in names else nearest(keys[0], top)
+            homes = [f"{name}.{keys[0]}" for name in names if keys[0] in _keys(stages[name])]
+            hint = nearest(keys[0], top)
+            if homes:
+                hint = f"name its stage, too: {' or '.join(homes)}"
+            elif keys[0] in names:
+                hint = "name a key of the stage too"
             raise UserError(f"--set '{override}': '{keys[0]}' is no key of {path}; {hint}")
         raw[keys[0]] = _parse(text)
         return
@@ -138,6 +161,15 @@ def _override(raw: dict[str, Any], override: str, path: Path) -> None:
             at = ".".join(["stages", *keys[:depth]])
             raise UserError(f"--set '{override}': '{at}' in {path} is a value, not a table")
     table[keys[-1]] = _parse(text)
+
+
+def _keys(table: Any) -> Collection[str]:
+    """The keys that a stage may have; none where it is not known of which kind it is."""
+    kind = table.get("kind") if isinstance(table, dict) else None
+    try:
+        return stage_module(kind).Config.model_fields if isinstance(kind, str) else ()
+    except UserError:
+        return ()
 
 
 def _parse(text: str) -> Any:

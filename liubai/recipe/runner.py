@@ -2,7 +2,8 @@
 
 A stage's fingerprint is the hash of everything that decides its result. A folder that carries the
 same fingerprint is reused (when DONE) or continued (when there is a saved state); one that carries
-another is deleted and made again.
+another is made again. The old result steps aside until then: a stage that refuses its settings before
+it has logged a step leaves the run as it was.
 
 Left out on purpose: running stages at the same time, and the report.
 """
@@ -16,23 +17,41 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from liubai import files
 from liubai.errors import UserError
 from liubai.measure.readiness import require_ready
+from liubai.problems.questions import Questions, disagreement
+from liubai.problems.source import Bank
 from liubai.recipe.environment import describe
 from liubai.recipe.recipe import Recipe, StagePlan
 from liubai.stages import stage_module
 from liubai.stages.config import Brought, Compute
-from liubai.stages.context import Context, read_done, read_meta
+from liubai.stages.context import METRICS, Context, read_done, read_meta
 from liubai.stages.view import View
 
 #: Raised when the code changes what a finished stage would contain: old results are then made again.
 FORMAT = 1
 #: Marks a folder as a run, and is locked while one works in it.
 MARK = ".liubai-run"
+#: A stage's old curves of TensorBoard, inside its old result while that stands aside: one rename moves both.
+CURVES = ".tensorboard"
+#: Written for the whole run, and put back when nothing of it was computed.
+WHOLE = ("recipe.toml", "environment.json")
+#: Kinds of stages that train on questions (or write examples for others to), and that ask held-out ones.
+TRAIN, HOLD_OUT = ("rl", "ppo", "distill", "sample"), ("rl", "ppo", "distill", "eval")
+
+
+@dataclass
+class _Session:
+    """``anew``: has this call computed anything that belongs to its recipe?"""
+
+    view: View
+    reuse: Sequence[Path]
+    anew: bool = False
 
 
 def run(recipe: Recipe, out: Path, view: View, reuse: Sequence[Path] = ()) -> Path:
@@ -40,34 +59,79 @@ def run(recipe: Recipe, out: Path, view: View, reuse: Sequence[Path] = ()) -> Pa
     run folders ``reuse`` has finished with the same fingerprint is copied from there.
 
     Raises ``UserError`` when ``out`` is not a run folder, another run is working in it, questions could
-    not be judged or a device is not there (nothing is touched then), when a saved state is damaged, or the
-    disk is full.
+    not be judged, a device or a model is not there or stages cannot do what is asked (nothing is touched
+    then), when a saved state is damaged, or the disk is full.
     """
     _check_folder(out)
     for other in reuse:
         if not (other / MARK).exists():
             raise UserError(f"'{other}' is no run folder; --reuse takes the folder of an earlier run")
-    configs = [plan.config for plan in recipe.stages]
-    for questions in dict.fromkeys(c.questions for c in configs if isinstance(c, Brought) and c.questions):
-        require_ready(questions)
-    for config in configs:
-        if isinstance(config, Compute):
-            config.where()  # the last stage's device, too, is asked for before the first one works
+    _require(recipe)
     with _locked(out):
-        files.sweep(out)
-        files.write_text(out / "recipe.toml", recipe.to_toml())
-        _renumber(recipe, out, view)
-        finished: dict[str, Path] = {}
-        fingerprints: dict[str, str] = {}
-        for number, plan in enumerate(recipe.stages, 1):
-            parents = {name: fingerprints[name] for name in plan.parents}
-            fingerprints[plan.name] = fingerprint(recipe, plan, parents)
-            folder = out / f"{number}-{plan.name}"
-            inputs = {name: finished[name] for name in plan.parents}
-            _take_over(folder, fingerprints[plan.name], reuse, view)
-            _stage(recipe, plan, folder, inputs, fingerprints[plan.name], view)
-            finished[plan.name] = folder
+        _recover(out)
+        session = _Session(view, reuse)
+        before = {path: path.read_bytes() for name in WHOLE if (path := out / name).exists()}
+        moved: list[tuple[Path, Path]] = []
+        try:
+            files.write_text(out / "recipe.toml", recipe.to_toml())
+            _renumber(recipe, out, view, moved)
+            _stages(recipe, out, session)
+        except BaseException:
+            if not session.anew:
+                with suppress(OSError, UserError):  # what went wrong first is what has to be told
+                    for old, new in reversed(moved):
+                        os.rename(new, old)
+                    for path, data in before.items():
+                        files.write_bytes(path, data)
+            raise
     return out
+
+
+def _stages(recipe: Recipe, out: Path, session: _Session) -> None:
+    finished: dict[str, Path] = {}
+    fingerprints: dict[str, str] = {}
+    for number, plan in enumerate(recipe.stages, 1):
+        parents = {name: fingerprints[name] for name in plan.parents}
+        fingerprints[plan.name] = fingerprint(recipe, plan, parents)
+        folder = out / f"{number}-{plan.name}"
+        inputs = {name: finished[name] for name in plan.parents}
+        _take_over(folder, fingerprints[plan.name], session)
+        _stage(recipe, plan, folder, inputs, fingerprints[plan.name], session)
+        finished[plan.name] = folder
+
+
+def _require(recipe: Recipe) -> None:
+    """What can be known of all stages before the first one works. Raises ``UserError``."""
+    brought = [(p, p.config) for p in recipe.stages if isinstance(p.config, Brought)]
+    asked = [(plan, config.questions) for plan, config in brought if config.questions]
+    for i, (plan, table) in enumerate(asked):
+        for other, earlier in asked[:i]:
+            key = disagreement(earlier, table)
+            if key and (plan.kind in TRAIN or other.kind in TRAIN):
+                raise UserError(
+                    f"stages '{other.name}' and '{plan.name}' split '{table.path}' differently ({key}): what "
+                    "one trains on, the other may hold out. Write the table word for word in every stage"
+                )
+    for questions in dict.fromkeys(table for _, table in asked):
+        seconds = [getattr(plan.config, "grader_timeout", 5.0) for plan, table in asked if table == questions]
+        require_ready(questions, max(seconds))
+    for plan in recipe.stages:
+        if isinstance(plan.config, Compute):
+            plan.config.where()  # the last stage's device, too, is asked for before the first one works
+    banks: dict[Questions, Bank] = {}
+    for plan, table in asked:
+        if plan.kind not in (*TRAIN, *HOLD_OUT):
+            continue
+        bank = banks[table] = banks.get(table) or Bank(table)
+        try:
+            if plan.kind in TRAIN:
+                bank.train(0, 0)
+            if plan.kind in HOLD_OUT:
+                bank.held_out(1)
+        except UserError as error:
+            raise UserError(f"stage '{plan.name}': {error}") from None
+    for plan, config in brought:
+        config.require_model(plan.name, plan.parents)
 
 
 def fingerprint(recipe: Recipe, plan: StagePlan, parents: Mapping[str, str]) -> str:
@@ -89,43 +153,73 @@ def fingerprint(recipe: Recipe, plan: StagePlan, parents: Mapping[str, str]) -> 
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def _take_over(folder: Path, mark: str, reuse: Sequence[Path], view: View) -> None:
+def _take_over(folder: Path, mark: str, session: _Session) -> None:
     """Copy the stage from another run that has finished it, unless it is here."""
     if folder.exists() and (done := read_done(folder)) and done["fingerprint"] == mark:
         return
-    for other in (f for run in reuse for f in sorted(run.iterdir()) if (f / "DONE").exists()):
+    for other in (f for run in session.reuse for f in sorted(run.iterdir()) if (f / "DONE").exists()):
+        if files.is_leftover(other):
+            continue
         if (done := read_done(other)) and done["fingerprint"] == mark:
             files.remove_folder(folder.parent / "tensorboard" / folder.name.partition("-")[2])
             with files.atomic_folder(folder) as new:
                 shutil.copytree(other, new, dirs_exist_ok=True)
-            view.warn(f"{folder.name}: taken from {other}")
+            session.anew = True
+            session.view.warn(f"{folder.name}: taken from {other}")
             return
 
 
 def _stage(
-    recipe: Recipe, plan: StagePlan, folder: Path, inputs: Mapping[str, Path], mark: str, view: View
+    recipe: Recipe, plan: StagePlan, folder: Path, inputs: Mapping[str, Path], mark: str, session: _Session
 ) -> None:
     total = getattr(plan.config, "steps", 0)
+    view = session.view
     view.start(plan.name, plan.kind, total)
-    if _prepare(plan.name, folder, mark, view):
+    if _is_done(folder, mark):
         view.finish(plan.name, True)
         return
-    if recipe.threads:
-        import torch
-
-        torch.set_num_threads(recipe.threads)
-    if recipe.threads > (os.cpu_count() or recipe.threads):
-        view.warn(f"{recipe.threads} threads on {os.cpu_count()} cores: they will wait for each other")
+    given = [checkpoint for path in inputs.values() if (checkpoint := path / "checkpoint").exists()]
+    if isinstance(plan.config, Brought) and not plan.config.model and given:
+        plan.config.require_room(plan.name, given[0])
     module = stage_module(plan.kind)
-    # written by the one who computes, not by every later look at a finished run
-    _record(folder.parent / "environment.json", describe(recipe.threads), (folder / "state").exists(), view)
-    context = Context(folder, recipe.seed, inputs, view, stage=plan.name, fingerprint=mark)
-    try:
-        module.run(plan.config, context)
-        context.finish()
-    finally:
-        context.close()
+    with _making_room(plan.name, folder, mark, session):
+        if recipe.threads:
+            import torch
+
+            torch.set_num_threads(recipe.threads)
+        if recipe.threads > (os.cpu_count() or recipe.threads):
+            view.warn(f"{recipe.threads} threads on {os.cpu_count()} cores: they will wait for each other")
+        # written by the one who computes, not by every later look at a finished run
+        continues = (folder / "state").exists()
+        _record(folder.parent / "environment.json", describe(recipe.threads), continues, view)
+        context = Context(folder, recipe.seed, inputs, view, stage=plan.name, fingerprint=mark)
+        try:
+            module.run(plan.config, context)
+            context.finish()
+        finally:
+            context.close()
     view.finish(plan.name, False)
+
+
+@contextmanager
+def _making_room(name: str, folder: Path, mark: str, session: _Session) -> Iterator[None]:
+    """An old result is aside while its stage is made again. It is back when that ended before the first step
+    was logged, whatever ended it, and gone else."""
+    old = not _clear(name, folder, mark, session.view)
+    try:
+        yield
+    except BaseException:
+        begun = _begun(folder)
+        session.anew = session.anew or begun
+        with suppress(OSError):  # what went wrong first is what has to be told
+            if old and not begun:
+                _put_back(folder)
+                session.view.warn(f"{name}: nothing was computed; the old result is back in its place")
+            elif old:
+                files.let_go(folder)
+        raise
+    session.anew = True
+    files.let_go(folder)
 
 
 def _record(path: Path, now: Mapping[str, str | int], continues: bool, view: View) -> None:
@@ -144,29 +238,82 @@ def _record(path: Path, now: Mapping[str, str | int], continues: bool, view: Vie
     files.write_json(path, dict(now))
 
 
-def _prepare(name: str, folder: Path, mark: str, view: View) -> bool:
-    """Is the stage finished as asked? If not, leave its folder empty or with a state to continue from."""
+def _is_done(folder: Path, mark: str) -> bool:
+    """Is the stage finished as asked?"""
+    if not folder.exists():
+        return False
+    files.sweep(folder)
+    done = read_done(folder)
+    if done is None or done["fingerprint"] != mark:
+        return False
+    files.remove_folder(folder / "state")  # a kill between DONE and this leaves it
+    return True
+
+
+def _clear(name: str, folder: Path, mark: str, view: View) -> bool:
+    """Leave the stage's folder empty, or with a state to continue from. An old result steps aside; False if
+    there was one."""
+    old = False
     if folder.exists():
-        files.sweep(folder)
-        if done := read_done(folder):
-            if done["fingerprint"] == mark:
-                files.remove_folder(folder / "state")  # a kill between DONE and this leaves it
-                return True
-            view.warn(f"{name}: the recipe changed; deleted the old result, running it again")
+        if read_done(folder):
+            view.warn(f"{name}: the recipe changed; running it again in the place of the old result")
+            old = True
         elif (folder / "state").exists():
             saved = read_meta(folder / "state")
             if saved["fingerprint"] == mark:
                 view.warn(f"{name}: continues after step {saved['step']}")
-                return False
+                return True
             view.warn(f"{name}: was interrupted with other settings; begins again")
+            old = True
+    curves = _curves_of(folder)
+    if old:
+        if curves.exists():
+            os.rename(curves, folder / CURVES)
+        files.set_aside(folder)
+        return False
     # the curves of TensorBoard go first: once the folder is gone nobody would know that they are old
-    files.remove_folder(folder.parent / "tensorboard" / name)
+    files.remove_folder(curves)
     files.remove_folder(folder)
-    return False
+    return True
 
 
-def _renumber(recipe: Recipe, out: Path, view: View) -> None:
-    """A stage that moved up or down in the recipe keeps its folder, under its new number."""
+def _recover(out: Path) -> None:
+    """What a killed run left: an old result is put back if the new one had not logged a step."""
+    for folder in files.aside(out):
+        if not _begun(folder):
+            _put_back(folder)
+    files.sweep(out)
+    for folder in (path for path in out.iterdir() if (path / CURVES).exists()):
+        _put_back(folder)
+
+
+def _begun(folder: Path) -> bool:
+    """Has the stage logged a step, and be it in an earlier session?"""
+    if (folder / "DONE").exists() or (folder / "state").exists():
+        return True
+    try:
+        with open(folder / METRICS, "rb") as file:
+            return file.readline().endswith(b"\n")
+    except FileNotFoundError:
+        return False
+
+
+def _put_back(folder: Path) -> None:
+    files.put_back(folder)
+    curves = _curves_of(folder)
+    files.remove_folder(curves)  # those of a stage that has computed nothing
+    if (folder / CURVES).exists():
+        curves.parent.mkdir(exist_ok=True)
+        os.rename(folder / CURVES, curves)
+
+
+def _curves_of(folder: Path) -> Path:
+    return folder.parent / "tensorboard" / folder.name.partition("-")[2]
+
+
+def _renumber(recipe: Recipe, out: Path, view: View, moved: list[tuple[Path, Path]]) -> None:
+    """A stage that moved up or down in the recipe keeps its folder, under its new number; ``moved`` gets
+    (old, new)."""
     names = [plan.name for plan in recipe.stages]
     for folder in sorted(out.iterdir()):
         match = re.fullmatch(r"(\d+)-(.+)", folder.name)
@@ -178,6 +325,7 @@ def _renumber(recipe: Recipe, out: Path, view: View) -> None:
         wanted = out / f"{names.index(match[2]) + 1}-{match[2]}"
         if not wanted.exists():
             os.rename(folder, wanted)
+            moved.append((folder, wanted))
 
 
 def _check_folder(out: Path) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from liubai.errors import UserError
-from liubai.model.hub import checkpoint_digest, find_folder
+from liubai.model.hub import HUB_ID, checkpoint_digest, find_folder
 from liubai.problems.gym import PREFIX as GYM
 from liubai.problems.gym import version
 from liubai.problems.questions import Questions, digests
@@ -69,15 +69,68 @@ class Brought(StageConfig):
     model: str = ""
     questions: Questions | None = None
 
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.questions and "problems" in self.model_fields_set:
+            # a resolved recipe spells the default out
+            default = type(self).model_fields["problems"].get_default()
+            if getattr(self, "problems", default) != default:
+                raise ValueError("'questions' and 'problems' are both set; a stage asks one or the other")
+        return self
+
     def located(self, folder: Path) -> StageConfig:
         near = folder / self.model
-        model = str(near.absolute()) if self.model and near.is_dir() else self.model
+        # what is no folder anywhere and no hub id was meant to be one here: the error says where
+        lost = not HUB_ID.fullmatch(self.model) and not Path(self.model).is_dir()
+        model = str(near.absolute()) if self.model and (near.is_dir() or lost) else self.model
         questions = self.questions.located(folder) if self.questions else None
         return self.model_copy(update={"model": model, "questions": questions})
 
     def families(self) -> Iterable[str]:
         """The families that it asks problems of, where it has no questions."""
         return ()
+
+    def require_model(self, stage: str, parents: Sequence[str]) -> None:
+        """Can the stage begin with what is named? ``parents`` are the stages that it is from. Raises
+        ``UserError`` when ``model`` is not there or too small for what is asked, or when there is neither."""
+        if not self.model and not parents:
+            raise UserError(
+                f"stage '{stage}' starts from the checkpoint of exactly one earlier stage; its 'from' names "
+                "none. Or name a model"
+            )
+        if not self.model:
+            return
+        try:
+            folder = find_folder(self.model)
+        except UserError as error:
+            near = Path(self.model).absolute()
+            tried = "" if str(near) in str(error) else f"; no folder '{near}' either"
+            raise UserError(f"stage '{stage}': {error}{tried}") from error
+        self.require_room(stage, folder)
+
+    def require_room(self, stage: str, checkpoint: Path) -> None:
+        """Raises ``UserError`` when ``max_tokens`` or ``lora.rank`` cannot fit a model of the size that the
+        checkpoint's config.json says. Prompts are not counted here: they need a tokenizer."""
+        tokens, lora = getattr(self, "max_tokens", 0), getattr(self, "lora", None)
+        if not tokens and not lora:
+            return
+        from liubai.model.checkpoint import read_config
+
+        size = read_config(checkpoint)
+        if tokens >= size.max_position_embeddings:
+            raise UserError(
+                f"stage '{stage}': max_tokens {tokens} and a prompt do not fit the model's "
+                f"{size.max_position_embeddings} positions; lower max_tokens"
+            )
+        if lora:
+            heads, keys = (n * size.head_dim for n in (size.num_attention_heads, size.num_key_value_heads))
+            side = {"q_proj": heads, "k_proj": keys, "v_proj": keys, "o_proj": heads}
+            least = min(min(size.hidden_size, side.get(t, size.intermediate_size)) for t in lora.targets)
+            if lora.rank > least:
+                raise UserError(
+                    f"stage '{stage}': lora.rank {lora.rank} is more than the smallest side of the model's "
+                    f"matrices, {least}: it would save nothing; lower it, or leave lora out"
+                )
 
     def outside(self) -> dict[str, str]:
         found = digests(self.questions) if self.questions else {}

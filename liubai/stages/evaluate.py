@@ -17,6 +17,7 @@ from liubai.grade.language import LANGUAGES, consistency, words
 from liubai.grade.readable import ReadableConfig, unreadable
 from liubai.measure.audit import unsound_share
 from liubai.measure.passk import clustered_stderr, cons_at_k, pass_curve
+from liubai.measure.readiness import warn_unjudged
 from liubai.measure.reflection import count_reflections
 from liubai.model.checkpoint import load
 from liubai.problems import family
@@ -27,7 +28,7 @@ from liubai.rollout.engine import Engine, Request
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive
 from liubai.stages.config import Brought, Compute, FamilyName, Shares
-from liubai.stages.context import Context
+from liubai.stages.context import WARNINGS, Context
 from liubai.stages.rollouts import thought, without_blank
 from liubai.text.template import Template, require_readable, template_for, text_of
 from liubai.types import Problem, Sample, Stop
@@ -284,6 +285,7 @@ def run(config: Config, context: Context) -> None:
         thinking=config.blank,
         compute=config,
     )
+    warn_unjudged((v for row in result.verdicts for v in row), context.warn, context.folder / WARNINGS)
     asked = config.questions.path if config.questions else config.problems
     label = config.label or next(iter(context.inputs), config.model)
     figures: dict[str, Any] = {"label": label, "problems": asked, **result.summary()}

@@ -24,10 +24,11 @@ from pydantic import Field
 from torch import Tensor
 
 from liubai.errors import Diverged, UserError
-from liubai.grade import GraderPool, RewardWeights
+from liubai.grade import GraderPool, RewardWeights, Verdict
 from liubai.grade.language import require_known
 from liubai.grade.readable import ReadableConfig
 from liubai.learn.optim import Optimizer
+from liubai.measure.readiness import warn_unjudged
 from liubai.model.checkpoint import load, save_checkpoint
 from liubai.model.lora import LoraConfig, attach, merged, save_adapter, trained
 from liubai.problems import FAMILIES, family
@@ -36,7 +37,7 @@ from liubai.problems.source import source_of
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive
 from liubai.stages.config import MAX_SKIPPED, Brought, FamilyName, Shares, Trained
-from liubai.stages.context import Context
+from liubai.stages.context import WARNINGS, Context
 from liubai.stages.evaluate import evaluate
 from liubai.stages.rl_metrics import probe_records, rollout_metrics
 from liubai.stages.rollouts import GradedGroup, Rollouts
@@ -215,6 +216,7 @@ class Policy:
         ended = time.perf_counter()
         config, context = self.config, self.context
         self._notice(step, learned)
+        self._judged(a.verdict for g in graded for a in g.answers)
         metrics = rollout_metrics(graded, version=step)
         self._tokens += int(metrics["step_tokens"])
         metrics |= learned
@@ -250,6 +252,9 @@ class Policy:
                 f"{MAX_SKIPPED} steps in a row had no finite gradient; lower lr, or look at the rewards"
             )
 
+    def _judged(self, verdicts: Iterable[Verdict]) -> None:
+        warn_unjudged(verdicts, self.context.warn, self.context.folder / WARNINGS)
+
     def look(self, step: int) -> dict[str, float]:
         """Held-out accuracy, and the same few prompts answered again."""
         config = self.config
@@ -263,6 +268,7 @@ class Policy:
             seed=derive(self.context.seed, "look"),
             pool=self.pool,
         )
+        self._judged(verdict for row in result.verdicts for verdict in row)
         self.context.samples(step, probe_records(result, config.probes))
         thoughts = result.process(ReadableConfig())
         said = {name: thoughts[name] for name in ("readable", "unsound")}

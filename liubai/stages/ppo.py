@@ -39,9 +39,8 @@ class Config(PolicyConfig):
     critic_lr: float = Field(1e-3, gt=0)
     critic_epochs: int = Field(1, gt=0, description="times the critic reads the answers of a step")
     critic_warmup: int = Field(2, ge=0, description="steps in which the critic alone learns")
-    #: a value moves by no more in a step; 0: no bound. It acts from the second of ``critic_epochs`` on: in the
-    #: first, no value has moved yet
-    value_clip: float = Field(0.5, ge=0)
+    #: acts from the second of ``critic_epochs`` on: in the first, no value has moved yet
+    value_clip: float = Field(0.5, ge=0, description="a value moves by no more in a step; 0: no bound")
 
     @field_validator("loss")
     @classmethod

@@ -6,7 +6,6 @@ They read text, as any judge does; what they read is never trained on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from liubai.errors import UserError
 from liubai.files import read_json
 from liubai.grade import RewardWeights
 from liubai.grade.extract import END_THINK, THINK
-from liubai.learn.packing import Batch, Sequence1, micro_batches
+from liubai.learn.packing import Batch, Sequence1, by_length, micro_batches
 from liubai.learn.process import aggregate
 from liubai.measure.audit import share_right, steps_of
 from liubai.model.scorer import Scorer, load_scorer
@@ -146,8 +145,9 @@ def step_probabilities(scorer: Scorer, sequences: Sequence[Sequence1], pad_id: i
 
 def numbered(sequences: Sequence[Sequence1], pad_id: int) -> list[tuple[list[int], Batch]]:
     """Micro-batches, and which sequences their rows are."""
-    marked = [
-        replace(s, values={**s.values, "number": [float(i)] * len(s.ids)}) for i, s in enumerate(sequences)
-    ]
-    batches = micro_batches(marked, pad_id, TOKENS)
-    return [(b.values["number"][:, 0].long().tolist(), b) for b in batches]
+    order = by_length(sequences)
+    found, at = [], 0
+    for batch in micro_batches(sequences, pad_id, TOKENS):
+        found.append((order[at : at + len(batch.ids_BT)], batch))
+        at += len(batch.ids_BT)
+    return found

@@ -56,10 +56,10 @@ def train(
     scale: Callable[[int], float],
     also: Callable[[int], Mapping[str, float]] = lambda step: {},
 ) -> None:
-    """Learn for ``steps`` steps, from the last resume point on, in micro-batches of ``tokens`` tokens; half of
-    it where memory runs out. ``scale(step)`` multiplies the learning rate; ``also(steps done)`` gives more to
-    log. Raises ``Diverged`` after ``MAX_SKIPPED`` steps in a row without a finite gradient, ``UserError`` when
-    one example alone does not fit the memory."""
+    """Learn for ``steps`` steps, from the last resume point on, in micro-batches of ``tokens`` tokens, or of
+    half as many where memory runs out. ``scale(step)`` multiplies the learning rate; ``also(steps done)``
+    gives more to log. Raises ``Diverged`` after ``MAX_SKIPPED`` steps in a row without a finite gradient,
+    ``UserError`` when one example alone does not fit the memory."""
     seen, first, skipped = 0, 0, 0
     if state := context.restore():
         saved = under("model/", state.tensors)
@@ -165,8 +165,8 @@ def require_room(model: Transformer, sequences: Sequence[Sequence1]) -> None:
 def pair_batches(
     pairs: Sequence[tuple[Sequence1, Sequence1]], pad_id: int, tokens: int
 ) -> list[tuple[list[int], Batch]]:
-    """Whole pairs in micro-batches of at most ``tokens`` tokens, or of one pair, the longest first: which they
-    are, and their ``[2N]`` rows, the two of each in turn."""
+    """Whole pairs in micro-batches of at most ``tokens`` tokens, or of one pair, the longest first: which
+    they are, and their ``[2N]`` rows, the two of each in turn."""
     widths = [max(len(a.ids), len(b.ids)) for a, b in pairs]
     order = sorted(range(len(pairs)), key=lambda i: -widths[i])
     found = []

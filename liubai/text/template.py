@@ -40,11 +40,21 @@ THINK_ANSWER = (
 )
 
 
+#: what to do about a template that does not do
+MEND = "mend the model's chat_template.jinja (or chat_template in its tokenizer_config.json)"
+
+
+def _refuse(message: str) -> None:
+    """``raise_exception`` of a template, which transformers defines, too."""
+    raise TemplateError(message)
+
+
 class Template:
     """``prompt_ids(question)`` and ``prefilled``, for thinking on or off.
 
     ``prefilled`` is what the template already wrote of the answer: ``""``, ``"<think>"``, or an empty
-    thought. Raises ``UserError`` when the template does not parse or does not render.
+    thought. Raises ``UserError`` when the template does not parse, does not render, or leaves the question
+    out.
     """
 
     def __init__(self, tokenizer: TextTokenizer, source: str, *, thinking: bool = True) -> None:
@@ -53,11 +63,14 @@ class Template:
             environment = ImmutableSandboxedEnvironment(
                 trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
             )
+            environment.globals["raise_exception"] = _refuse
             self._compiled = environment.from_string(source)  # milliseconds: once, not per prompt
         except TemplateError as error:
-            raise UserError(f"the chat template does not parse: {error}") from error
+            raise UserError(f"the chat template does not parse: {error}; {MEND}") from error
         mark = "\x00"
         tail = self.render(mark).rpartition(mark)[2].rstrip()
+        if self.render("a") == self.render("b"):
+            raise UserError(f"the chat template writes the same prompt for different questions; {MEND}")
         self.prefilled = THINK if tail.endswith(THINK) else ""
         if tail.endswith(END_THINK):
             self.prefilled = f"{THINK} {END_THINK}"
@@ -74,7 +87,7 @@ class Template:
                 enable_thinking=self.thinking,
             )
         except Exception as error:  # a template is a program: it may raise anything
-            raise UserError(f"the chat template does not work: {error}") from error
+            raise UserError(f"the chat template does not work: {error}; {MEND}") from error
 
     def prompt_ids(self, question: str) -> list[int]:
         return self.tokenizer.encode(self.render(question))
