@@ -20,8 +20,10 @@ from liubai import files
 from liubai.errors import UserError
 from liubai.grade import Verdict
 from liubai.measure.readiness import warn_unjudged
+from liubai.model.lora import LoraConfig
 from liubai.problems.questions import Questions, disagreement
 from liubai.recipe import load_recipe, run
+from liubai.stages.config import Brought
 from liubai.stages.context import Context
 
 
@@ -33,6 +35,8 @@ class Config(toy_stage.Config):
 def moody(config: Config, context: Context) -> None:
     if config.refuse_at < 0:
         toy_stage.run(config, context)
+        about = json.dumps(tiny_config(max_position_embeddings=64).to_hf())
+        (context.folder / "checkpoint" / "config.json").write_text(about)
         return
     for step in range(config.refuse_at):
         context.log(step + 1, config.steps, {"accuracy": -1.0})
@@ -187,6 +191,33 @@ def test_killed_at_every_change_to_the_disk_old_or_new_is_whole(
         assert kept == sorted(kept, reverse=True)
         assert kept[5]
         assert not kept[-1]
+
+
+class Asking(Brought):
+    max_tokens: int
+    lora: LoraConfig | None = None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("ask.max_tokens=64", "lower max_tokens"), ("ask.lora.rank=33", "lora.rank 33 is more than")],
+)
+def test_room_in_the_model_of_an_earlier_stage(
+    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is known when the stage begins: nothing is touched, and nothing of the stage has been called."""
+    asked: list[str] = []
+    module = ModuleType("asking_stage")
+    vars(module).update(Config=Asking, run=lambda config, context: asked.append(context.stage))
+    monkeypatch.setitem(sys.modules, "asking_stage", module)
+    monkeypatch.setitem(liubai.stages.KINDS, "asking", "asking_stage")
+    base, _, _ = TWO.replace('"toy"', '"moody"').partition("[stages.top]")
+    path = written(tmp_path, base + '[stages.ask]\nkind = "asking"\nfrom = "base"\nmax_tokens = 63\n')
+    go(path, tmp_path / "out", "ask.lora.rank=32")
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match=message):
+        run(load_recipe(path, ["ask.lora.rank=32", override]), tmp_path / "out", heard := Heard())
+    assert (contents(tmp_path / "out"), asked, heard.said) == (before, ["ask"], [])
 
 
 # ---- before the first stage ----
