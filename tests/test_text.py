@@ -220,3 +220,11 @@ def test_only_a_real_end_token_is_taken_off(stop: Stop) -> None:
     sample = Sample((1,), ids, (0.0,) * len(ids), stop, (Span(0, len(ids)),))
     wanted = "3 + 4 </think>" if stop is Stop.EOS else f"3 + 4 </think> {EOS}"
     assert text_of(Template(TOKENIZER, BARE), sample) == wanted
+
+
+def test_a_template_has_what_transformers_gives_it() -> None:
+    """A fixed date, so that a run can be repeated; a generation block is what stands in it."""
+    said = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    source = "{{ strftime_now('%d %b %Y') }} " + said
+    template = Template(word_level(["a"]), source)
+    assert template.render("a") == "20 Jan 2025 a"

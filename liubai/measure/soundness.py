@@ -7,6 +7,7 @@ thing, the others cost time or say less than they seem to.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -184,9 +185,14 @@ def _refusal(verifier: str) -> str:
 
 
 def _right(q: Question) -> str | None:
-    """A response that has to be right: gold itself, or for a program's tests the row's solution."""
+    """A response that has to be right: gold itself, or where gold is no answer (a program's tests, a pattern)
+    the row's solution."""
     if q.problem.verifier in PROGRAMS:
         return fenced(q.solution) if q.solution.strip() else None
+    if q.solution.strip() and q.problem.verifier == "regex":
+        return answered(q.solution)
+    if q.problem.verifier == "regex" and re.escape(q.problem.gold) != q.problem.gold:
+        return None
     return answered(q.problem.gold) if q.problem.gold else None
 
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 from jinja2 import TemplateError
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from liubai.errors import UserError
@@ -44,6 +48,21 @@ THINK_ANSWER = (
 MEND = "mend the model's chat_template.jinja (or chat_template in its tokenizer_config.json)"
 
 
+#: what ``strftime_now`` of a template says: the same in every run, so that a run can be repeated
+TODAY = date(2025, 1, 20)
+
+
+class _Generation(Extension):
+    """``{% generation %} … {% endgeneration %}``, in which transformers finds what the assistant said. Our
+    masks come with the tokens: here the block is only what stands in it."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _refuse(message: str) -> None:
     """``raise_exception`` of a template, which transformers defines, too."""
     raise TemplateError(message)
@@ -61,9 +80,9 @@ class Template:
         self.tokenizer, self.source, self.thinking = tokenizer, source, thinking
         try:
             environment = ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
             )
-            environment.globals["raise_exception"] = _refuse
+            environment.globals |= {"raise_exception": _refuse, "strftime_now": TODAY.strftime}
             self._compiled = environment.from_string(source)  # milliseconds: once, not per prompt
         except TemplateError as error:
             raise UserError(f"the chat template does not parse: {error}; {MEND}") from error
