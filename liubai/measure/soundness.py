@@ -103,7 +103,8 @@ def soundness(
             if verdict is None:
                 unasked.setdefault(item.verifier, []).append((q, trick))
             else:
-                seconds.setdefault(item.verifier, []).append(took)
+                if verdict.answer is not None:  # without one the verifier is not even asked
+                    seconds.setdefault(item.verifier, []).append(took)
                 if finding := _finding(q, trick, verdict):
                     findings.append(finding)
             if progress:
