@@ -14,10 +14,10 @@ from liubai.errors import UserError
 from liubai.grade import Verdict
 from liubai.problems import world_vocabulary
 from liubai.problems.source import Bank, Families
-from liubai.stages import evaluate, pretrain, rl, sample, sft
+from liubai.stages import evaluate, pretrain, rl, sample
 from liubai.stages.context import Context
 from liubai.stages.evaluate import Evaluation
-from liubai.stages.records import Example, read_examples, write_examples
+from liubai.stages.records import Example, encoded, read_examples, write_examples
 from liubai.stages.scoring import without_thought
 from liubai.text.template import BARE, Template
 from liubai.text.tokenizer import word_level
@@ -53,7 +53,7 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("opening", ["<think> ", ""])
 def test_the_thought_is_opened_once_whoever_opens_it(source: str, opening: str) -> None:
     said = f"{opening}3 same </think> <answer> 3.8 </answer>"
-    made = sft.encoded(Template(TOKENIZER, source), Example(PROBLEM.prompt, said))
+    made = encoded(Template(TOKENIZER, source), Example(PROBLEM.prompt, said))
     text = TOKENIZER.decode(made.ids)
     assert text == "<|start|> 3 . 11 or 3 . 8 <think> 3 same </think> <answer> 3 . 8 </answer> <|end|>"
     learned = TOKENIZER.decode([i for i, on in zip(made.ids, made.learn, strict=True) if on])
@@ -62,7 +62,7 @@ def test_the_thought_is_opened_once_whoever_opens_it(source: str, opening: str) 
 
 def test_what_was_cut_off_is_taught_no_end() -> None:
     template = Template(TOKENIZER, BARE)
-    whole, cut = (sft.encoded(template, Example("3.11 or 3.8", "3 same", ended=e)) for e in (True, False))
+    whole, cut = (encoded(template, Example("3.11 or 3.8", "3 same", ended=e)) for e in (True, False))
     assert whole.ids[:-1] == cut.ids
     assert whole.ids[-1] == TOKENIZER.eos_id
     assert TOKENIZER.eos_id not in cut.ids

@@ -26,8 +26,7 @@ from liubai.seeds import derive
 from liubai.stages import distill, dpo, ppo
 from liubai.stages.context import Context
 from liubai.stages.policy import Policy
-from liubai.stages.records import GRADED, Example, write_examples
-from liubai.stages.sft import encoded
+from liubai.stages.records import GRADED, Example, encoded, write_examples
 from liubai.text.template import BARE, Template, template_for
 from liubai.text.tokenizer import TextTokenizer, word_level
 from liubai.types import Group, Problem, Reward, Sample

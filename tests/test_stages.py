@@ -16,13 +16,15 @@ import torch
 from conftest import Killed, Silent
 
 from liubai.errors import UserError
+from liubai.learn.optim import cosine
 from liubai.model.checkpoint import load
 from liubai.model.scorer import load_scorer
 from liubai.stages import distill, dpo, ppo, pretrain, process, reward_model, rl, sample, sft
 from liubai.stages.context import Context
-from liubai.stages.records import Example, read_examples, write_examples
+from liubai.stages.records import Example, encoded, read_examples, write_examples
 from liubai.stages.rollouts import GradedGroup, Rollouts
 from liubai.stages.scoring import Preference, checked_steps, with_steps, without_thought
+from liubai.stages.supervised import drawn_at
 from liubai.text.template import template_for
 from liubai.types import Problem, Stop
 
@@ -194,9 +196,7 @@ def test_every_stage_learns_something(whole: tuple[str, Path], wide: Path) -> No
 def test_only_answers_are_learned_and_pad_is_not_a_mask(wide: Path) -> None:
     _, tokenizer = load(wide / "base" / "checkpoint")
     template = template_for(tokenizer, wide / "base" / "checkpoint")
-    made = sft.encoded(
-        template, Example("3.11 or 3.8", "<think> 3 or 3 same </think> <answer> 3.8 </answer>")
-    )
+    made = encoded(template, Example("3.11 or 3.8", "<think> 3 or 3 same </think> <answer> 3.8 </answer>"))
     text = "<|start|> 3 . 11 or 3 . 8 <think> 3 or 3 same </think> <answer> 3 . 8 </answer> <|end|>"
     assert tokenizer.decode(made.ids) == text
     assert tokenizer.decode([i for i, on in zip(made.ids, made.learn, strict=True) if on]) == (
@@ -206,13 +206,13 @@ def test_only_answers_are_learned_and_pad_is_not_a_mask(wide: Path) -> None:
 
 
 def test_each_example_is_read_once_an_epoch() -> None:
-    seen = [i for step in range(5) for i in sft.drawn_at(step, 4, 10, seed=0)]
+    seen = [i for step in range(5) for i in drawn_at(step, 4, 10, seed=0)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
 
 
 def test_cosine_falls_to_its_floor() -> None:
-    curve = [sft.cosine(step, 100, 0.1, 0.1) for step in range(100)]
+    curve = [cosine(step, 100, 0.1, 0.1) for step in range(100)]
     assert curve[:10] == pytest.approx([0.1 * (i + 1) for i in range(9)] + [1.0])
     assert curve[10:] == sorted(curve[10:], reverse=True)
     assert curve[-1] == pytest.approx(0.1, abs=1e-3)

@@ -182,3 +182,12 @@ def warmup_decay(step: int, total: int, warmup: float = 0.05, decay: float = 0.5
     """Learning-rate factor: linear warm-up, flat, linear decay to 0 (shares of ``total``)."""
     position = (step + 1) / total
     return min(1.0, position / max(warmup, 1e-9), (1 - step / total) / max(decay, 1e-9))
+
+
+def cosine(step: int, total: int, warmup: float, floor: float) -> float:
+    """Learning-rate factor: linear warm-up, then half a cosine from 1 to ``floor``."""
+    position = (step + 1) / total
+    if warmup and position < warmup:
+        return position / warmup
+    done = (step / total - warmup) / max(1e-9, 1 - warmup)
+    return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2

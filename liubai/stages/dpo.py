@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from liubai.learn.logprobs import batch_logprobs
-from liubai.learn.optim import Optimizer
+from liubai.learn.optim import Optimizer, cosine
 from liubai.learn.packing import Batch, Sequence1
 from liubai.learn.preference import PreferenceConfig, preference_loss
 from liubai.learn.replicas import Replicas
@@ -23,8 +23,8 @@ from liubai.model.transformer import Transformer
 from liubai.stages.config import Brought, Trained
 from liubai.stages.context import Context
 from liubai.stages.preferences import Pair, PairConfig, pairs_of
-from liubai.stages.sft import cosine, drawn_at, encoded
-from liubai.stages.supervised import batches_within_memory, pair_batches, require_room, train
+from liubai.stages.records import encoded
+from liubai.stages.supervised import batches_within_memory, drawn_at, pair_batches, require_room, train
 from liubai.text.template import template_for
 
 

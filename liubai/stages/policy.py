@@ -182,6 +182,7 @@ class Policy:
                 load_(under(f"{name}/", state.tensors))
             self.rollouts.restore(state.meta["rollouts"])
             first, self._tokens, self._skipped = state.step, state.meta["tokens"], state.meta["skipped"]
+            self.tokens_per_microbatch = min(self.tokens_per_microbatch, state.meta["microbatch"])
         self.evaluator.load(self.model.state_dict(), version=0)
         if first == 0:
             if self._source.note:
@@ -194,7 +195,12 @@ class Policy:
                 tensors = {
                     f"{name}/{k}": t for name, (made, _) in self._kept.items() for k, t in made().items()
                 }
-                meta = {"tokens": self._tokens, "skipped": self._skipped, "rollouts": self.rollouts.state()}
+                meta = {
+                    "tokens": self._tokens,
+                    "skipped": self._skipped,
+                    "microbatch": self.tokens_per_microbatch,  # halved sums are other sums
+                    "rollouts": self.rollouts.state(),
+                }
                 context.save(done, tensors, meta)
 
     def write(

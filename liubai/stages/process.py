@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import Field
 
 from liubai.errors import UserError
-from liubai.learn.optim import Optimizer
+from liubai.learn.optim import Optimizer, cosine
 from liubai.learn.packing import Batch, Sequence1, micro_batches
 from liubai.learn.process import aggregate, step_loss
 from liubai.model.checkpoint import load
@@ -24,8 +24,7 @@ from liubai.stages.config import Brought, Trained
 from liubai.stages.context import Context
 from liubai.stages.records import GRADED, Example, read_examples
 from liubai.stages.scoring import PROCESS_MODEL, step_probabilities, with_steps
-from liubai.stages.sft import cosine, drawn_at
-from liubai.stages.supervised import require_room, train
+from liubai.stages.supervised import drawn_at, require_room, train
 from liubai.text.template import template_for
 
 

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from liubai.errors import UserError
 from liubai.files import write_text
+from liubai.learn.packing import Sequence1
+from liubai.text.template import Template
+from liubai.text.tokenizer import END_THINK, THINK
 from liubai.types import Problem
 
 EXAMPLES, GRADED = "examples.jsonl", "graded.jsonl"
@@ -58,3 +61,18 @@ def read_examples(path: Path) -> list[Example]:
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}:{number}: not an example ({error}); run its stage again") from error
     return found
+
+
+def encoded(template: Template, example: Example) -> Sequence1:
+    """Prompt and response with the end token; ``<think>`` once, by the template or by the answer."""
+    tokenizer = template.tokenizer
+    prompt = template.prompt_ids(example.prompt)
+    response = example.response
+    if template.prefilled.endswith(THINK):
+        response = response.removeprefix(THINK)
+    elif not template.prefilled and END_THINK in response and THINK not in response:
+        response = THINK + response
+    answer = tokenizer.encode(response)
+    if example.ended:
+        answer.append(tokenizer.eos_id)
+    return Sequence1([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from liubai.files import write_json
-from liubai.learn.optim import Optimizer
+from liubai.learn.optim import Optimizer, cosine
 from liubai.learn.packing import Batch, Sequence1
 from liubai.learn.preference import bradley_terry, pointwise
 from liubai.model.checkpoint import load
@@ -27,8 +27,7 @@ from liubai.stages.context import Context
 from liubai.stages.preferences import Pair, PairConfig, pairs_of
 from liubai.stages.records import Example
 from liubai.stages.scoring import CALIBRATION, REWARD_MODEL, last_scores, scores_at_end, without_thought
-from liubai.stages.sft import cosine, drawn_at
-from liubai.stages.supervised import pair_batches, require_room, train
+from liubai.stages.supervised import drawn_at, pair_batches, require_room, train
 from liubai.text.template import Template, template_for
 
 

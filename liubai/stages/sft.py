@@ -7,16 +7,13 @@ evaluations that follow measure what matters.
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
 
 from liubai.errors import UserError
-from liubai.learn.optim import Optimizer
-from liubai.learn.packing import Batch, Sequence1, micro_batches
+from liubai.learn.optim import Optimizer, cosine
+from liubai.learn.packing import Batch, micro_batches
 from liubai.model.checkpoint import load, save_checkpoint
 from liubai.model.lora import LoraConfig, attach, merged, save_adapter
 from liubai.problems import family, problem_at
@@ -26,10 +23,10 @@ from liubai.problems.texts import Texts, read_texts
 from liubai.seeds import stream
 from liubai.stages.config import Brought, StageConfig, Trained, WrittenShares
 from liubai.stages.context import Context
-from liubai.stages.records import EXAMPLES, Example, example_of, read_examples
-from liubai.stages.supervised import NextToken, train
-from liubai.text.template import Template, template_for
-from liubai.text.tokenizer import END_THINK, THINK
+from liubai.stages.records import EXAMPLES, Example, encoded, example_of, read_examples
+from liubai.stages.supervised import NextToken, drawn_at, require_room, train
+from liubai.text.template import template_for
+from liubai.text.tokenizer import THINK
 
 
 class Config(Brought, Trained):
@@ -65,12 +62,7 @@ def run(config: Config, context: Context) -> None:
         attach(model, config.lora, context.seed)
     template = template_for(tokenizer, parent)
     sequences = [encoded(template, example) for example in examples(config, context)]
-    longest = max(len(s.ids) for s in sequences)
-    if longest > model.config.max_position_embeddings:
-        raise UserError(
-            f"an example has {longest} tokens, and the model "
-            f"{model.config.max_position_embeddings} positions; leave it out, or cut it"
-        )
+    require_room(model, sequences)
     steps = max(1, round(config.epochs * len(sequences) / config.batch))
 
     def batches(step: int, tokens: int) -> list[Batch]:
@@ -123,45 +115,3 @@ def careful(shares: dict[str, float], count: int, seed: int, rude: float = 0.0) 
         response = kind.document(problem, rng, habits).removeprefix(THINK).strip()
         found.append(example_of(problem, response))
     return found
-
-
-def encoded(template: Template, example: Example) -> Sequence1:
-    """Prompt and response with the end token; ``<think>`` once, by the template or by the answer."""
-    tokenizer = template.tokenizer
-    prompt = template.prompt_ids(example.prompt)
-    response = example.response
-    if template.prefilled.endswith(THINK):
-        response = response.removeprefix(THINK)
-    elif not template.prefilled and END_THINK in response and THINK not in response:
-        response = THINK + response
-    answer = tokenizer.encode(response)
-    if example.ended:
-        answer.append(tokenizer.eos_id)
-    return Sequence1([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
-
-
-def drawn_at(step: int, batch: int, count: int, seed: int) -> list[int]:
-    """Which of ``count`` examples a step reads: each once an epoch, in an order of each epoch's own."""
-    found: list[int] = []
-    orders: dict[int, Sequence[int]] = {}
-    for position in range(step * batch, (step + 1) * batch):
-        epoch, at = divmod(position, count)
-        if epoch not in orders:
-            orders[epoch] = shuffled(count, stream(seed, "epoch", epoch))
-        found.append(orders[epoch][at])
-    return found
-
-
-def shuffled(count: int, rng: random.Random) -> list[int]:
-    order = list(range(count))
-    rng.shuffle(order)
-    return order
-
-
-def cosine(step: int, total: int, warmup: float, floor: float) -> float:
-    """Learning-rate factor: linear warm-up, then half a cosine from 1 to ``floor``."""
-    position = (step + 1) / total
-    if warmup and position < warmup:
-        return position / warmup
-    done = (step / total - warmup) / max(1e-9, 1 - warmup)
-    return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, max(0.0, done)))) / 2

@@ -7,6 +7,7 @@ replicas, a schedule, memory that runs out, non-finite gradients, numbers, resum
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from liubai.learn.packing import Batch, Sequence1, stacked
 from liubai.learn.replicas import Replicas
 from liubai.model.lora import trained
 from liubai.model.transformer import Transformer
+from liubai.seeds import stream
 from liubai.stages.config import MAX_SKIPPED
 from liubai.stages.context import Context
 
@@ -204,3 +206,21 @@ class NextToken:
 
 def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def drawn_at(step: int, batch: int, count: int, seed: int) -> list[int]:
+    """Which of ``count`` examples a step reads: each once an epoch, in an order of each epoch's own."""
+    found: list[int] = []
+    orders: dict[int, Sequence[int]] = {}
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, at = divmod(position, count)
+        if epoch not in orders:
+            orders[epoch] = shuffled(count, stream(seed, "epoch", epoch))
+        found.append(orders[epoch][at])
+    return found
+
+
+def shuffled(count: int, rng: random.Random) -> list[int]:
+    order = list(range(count))
+    rng.shuffle(order)
+    return order
