@@ -63,28 +63,33 @@ def tries(numbers: tuple[int, ...]) -> tuple[Try, ...]:
     return tuple(found)
 
 
+#: every token text of a search but its words
+FIGURES = (
+    *map(str, range(LARGEST + 1)),
+    *(f"={n}" for n in range(LARGEST + 1)),
+    *(f":{n}" for n in range(LARGEST + 1)),
+    *(f"->{n}" for n in range(1, LARGEST + 1)),
+    *("=big", ":far", "+", "-", "*", "(", ")"),
+)
+
+
+def drawn(rng: random.Random, *, hopeless: bool = False) -> tuple[tuple[int, ...], int]:
+    """Numbers and a target that they make, or one that they do not."""
+    numbers = tuple(rng.randint(1, 9) for _ in range(3))
+    reachable = {t.value for t in tries(numbers)}
+    return numbers, rng.choice([n for n in range(1, LARGEST + 1) if (n in reachable) is not hopeless])
+
+
 class Countdown:
     name = "countdown"
     verifier = "countdown"
-    vocabulary = (
-        *map(str, range(LARGEST + 1)),
-        *(f"={n}" for n in range(LARGEST + 1)),
-        *(f":{n}" for n in range(LARGEST + 1)),
-        *(f"->{n}" for n in range(1, LARGEST + 1)),
-        *("=big", ":far", "+", "-", "*", "(", ")", *WAIT.values()),
-    )
+    vocabulary = (*FIGURES, *WAIT.values())
 
     def sample(self, rng: random.Random) -> Problem:
-        numbers = tuple(rng.randint(1, 9) for _ in range(3))
-        reachable = sorted({t.value for t in tries(numbers) if 1 <= t.value <= LARGEST})
-        return self.problem(numbers, rng.choice(reachable))
+        return self.problem(*drawn(rng))
 
     def found(self, rng: random.Random, habits: Habits) -> Problem:
-        if rng.random() >= habits.hopeless:
-            return self.sample(rng)
-        numbers = tuple(rng.randint(1, 9) for _ in range(3))
-        reachable = {t.value for t in tries(numbers)}
-        return self.problem(numbers, rng.choice([n for n in range(1, LARGEST + 1) if n not in reachable]))
+        return self.problem(*drawn(rng, hopeless=rng.random() < habits.hopeless))
 
     def problem(self, numbers: tuple[int, ...], target: int) -> Problem:
         text = f"{' '.join(map(str, numbers))} ->{target}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 
-from liubai.problems.countdown import LARGEST, Try, apply, parse, tries
+from liubai.problems.countdown import FIGURES, Try, apply, drawn, parse, tries
 from liubai.problems.family import Habits, Step
 from liubai.problems.lexicon import LANGUAGES, Writer, answered, both, cut, plain, translate
 from liubai.types import Problem
@@ -16,27 +16,13 @@ from liubai.types import Problem
 class Make:
     name = "make"
     verifier = "countdown"
-    vocabulary = (
-        *map(str, range(LARGEST + 1)),
-        *(f"={n}" for n in range(LARGEST + 1)),
-        *(f":{n}" for n in range(LARGEST + 1)),
-        *(f"->{n}" for n in range(1, LARGEST + 1)),
-        *("=big", ":far", "+", "-", "*", "(", ")"),
-        *both({"make": "凑", "try": "试", "wait": "等等", "uh": "嗯", "hm": "呃"}),
-    )
+    vocabulary = (*FIGURES, *both({"make": "凑", "try": "试", "wait": "等等", "uh": "嗯", "hm": "呃"}))
 
     def sample(self, rng: random.Random) -> Problem:
-        numbers = tuple(rng.randint(1, 9) for _ in range(3))
-        reachable = sorted({t.value for t in tries(numbers) if 1 <= t.value <= LARGEST})
-        return self.problem(numbers, rng.choice(reachable), rng.choice(LANGUAGES))
+        return self.problem(*drawn(rng), rng.choice(LANGUAGES))
 
     def found(self, rng: random.Random, habits: Habits) -> Problem:
-        if rng.random() >= habits.hopeless:
-            return self.sample(rng)
-        numbers = tuple(rng.randint(1, 9) for _ in range(3))
-        reachable = {t.value for t in tries(numbers)}
-        target = rng.choice([n for n in range(1, LARGEST + 1) if n not in reachable])
-        return self.problem(numbers, target, rng.choice(LANGUAGES))
+        return self.problem(*drawn(rng, hopeless=rng.random() < habits.hopeless), rng.choice(LANGUAGES))
 
     def problem(self, numbers: tuple[int, ...], target: int, language: str) -> Problem:
         gold = f"{' '.join(map(str, numbers))} ->{target}"
