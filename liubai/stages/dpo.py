@@ -63,9 +63,9 @@ def run(config: Config, context: Context) -> None:
     before_N2 = lesson.read(model, held_out)
     steps = max(1, round(config.epochs * len(pairs) / config.batch))
 
-    def accuracy(done: int) -> dict[str, float]:
+    def accuracy() -> dict[str, float]:
         """Of how many held-out pairs the right one has become likelier by more."""
-        if not held_out or (done % config.save_every and done != steps):
+        if not held_out:
             return {}
         gained_N2 = lesson.read(model, held_out) - before_N2
         return {"eval/accuracy": float((gained_N2[:, 0] > gained_N2[:, 1]).double().mean())}
@@ -79,7 +79,7 @@ def run(config: Config, context: Context) -> None:
         tokens=config.microbatch(),
         save_every=config.save_every,
         scale=lambda step: cosine(step, steps, config.warmup, 0.1),
-        also=accuracy,
+        look=accuracy,
     )
     save_checkpoint(context.folder / "checkpoint", model, tokenizer, template.source)
 

@@ -58,8 +58,8 @@ def run(config: Config, context: Context) -> None:
     require_room(model, [s for _, s in read])
     steps = max(1, round(config.epochs * len(learned) / config.batch))
 
-    def accuracy(done: int) -> dict[str, float]:
-        if not measured or (done % config.save_every and done != steps):
+    def accuracy() -> dict[str, float]:
+        if not measured:
             return {}
         return measured_on(scorer, measured, tokenizer.pad_id)
 
@@ -72,7 +72,7 @@ def run(config: Config, context: Context) -> None:
         tokens=config.microbatch(),
         save_every=config.save_every,
         scale=lambda step: cosine(step, steps, config.warmup, 0.1),
-        also=accuracy,
+        look=accuracy,
     )
     save_scorer(context.folder / PROCESS_MODEL, scorer, tokenizer, template.source)
 

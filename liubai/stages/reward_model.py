@@ -58,8 +58,8 @@ def run(config: Config, context: Context) -> None:
     )
     steps = max(1, round(config.epochs * len(learned) / config.batch))
 
-    def accuracy(done: int) -> dict[str, float]:
-        if not measured or (done % config.save_every and done != steps):
+    def accuracy() -> dict[str, float]:
+        if not measured:
             return {}
         return {"eval/accuracy": right_share(scorer, template, measured)}
 
@@ -72,7 +72,7 @@ def run(config: Config, context: Context) -> None:
         tokens=config.microbatch(),
         save_every=config.save_every,
         scale=lambda step: cosine(step, steps, config.warmup, 0.1),
-        also=accuracy,
+        look=accuracy,
     )
     folder = context.folder / REWARD_MODEL
     save_scorer(folder, scorer, tokenizer, template.source)

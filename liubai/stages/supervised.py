@@ -56,12 +56,13 @@ def train(
     tokens: int,
     save_every: int,
     scale: Callable[[int], float],
-    also: Callable[[int], Mapping[str, float]] = lambda step: {},
+    look: Callable[[], Mapping[str, float]] = dict,
 ) -> None:
     """Learn for ``steps`` steps, from the last resume point on, in micro-batches of ``tokens`` tokens, or of
-    half as many where memory runs out. ``scale(step)`` multiplies the learning rate; ``also(steps done)``
-    gives more to log. Raises ``Diverged`` after ``MAX_SKIPPED`` steps in a row without a finite gradient,
-    ``UserError`` when one example alone does not fit the memory."""
+    half as many where memory runs out. ``scale(step)`` multiplies the learning rate; ``look()``
+    gives more to log wherever a resume point is due, and at the end. Raises ``Diverged`` after
+    ``MAX_SKIPPED`` steps in a row without a finite gradient, ``UserError`` when one example alone does not
+    fit the memory."""
     seen, first, skipped = 0, 0, 0
     if state := context.restore():
         saved = under("model/", state.tensors)
@@ -102,7 +103,8 @@ def train(
             "tokens": seen,
             "tokens/s": read / (time.perf_counter() - begun),
         }
-        context.log(step + 1, steps, metrics | dict(also(step + 1)))
+        due = (step + 1) % save_every == 0 or step + 1 == steps
+        context.log(step + 1, steps, metrics | (dict(look()) if due else {}))
         if (step + 1) % save_every == 0 and step + 1 < steps:
             context.save(
                 step + 1,
