@@ -13,7 +13,11 @@ ARCHITECTURES: dict[str, tuple[str, bool, bool]] = {
     "LlamaForCausalLM": ("llama", False, False),
     "Qwen2ForCausalLM": ("qwen2", False, True),
     "Qwen3ForCausalLM": ("qwen3", True, False),
+    "CrateForCausalLM": ("liubai_crate", False, False),
+    "CrateAlphaForCausalLM": ("liubai_crate", False, False),
 }
+#: those that no other program knows (:mod:`liubai.model.crate`)
+OWN = ("CrateForCausalLM", "CrateAlphaForCausalLM")
 #: what gives a text one number (:mod:`liubai.model.scorer`) -> the language model of the same trunk
 SCORERS = {name.replace("ForCausalLM", "ForSequenceClassification"): name for name in ARCHITECTURES}
 #: in config.json's words; others are refused, never rounded to
@@ -63,8 +67,17 @@ class ModelConfig:
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
+        if self.crate and self.num_key_value_heads != self.num_attention_heads:
+            raise UserError(
+                f"{self.architecture} has one projection for queries, keys and values: num_key_value_heads "
+                f"({self.num_key_value_heads}) must be num_attention_heads ({self.num_attention_heads})"
+            )
         if self.head_dim % 2:
             raise UserError(f"head_dim ({self.head_dim}) must be even: RoPE turns pairs")
+
+    @property
+    def crate(self) -> bool:
+        return self.architecture in OWN
 
     @property
     def qk_norm(self) -> bool:
@@ -97,7 +110,7 @@ class ModelConfig:
             **labels,
             "attention_bias": False,
             "attention_dropout": 0.0,
-            "hidden_act": "silu",
+            "hidden_act": "relu" if self.crate else "silu",
             "initializer_range": 0.02,
             "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": theta},
             "rope_theta": theta,
@@ -125,8 +138,9 @@ class ModelConfig:
             raise _unsupported(f"architecture '{names[0]}'", known)
         if scorer and (labels := _labels(raw)) != 1:
             raise UserError(f"config.json has {labels} labels (num_labels), which is not supported; 1 is")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise UserError(f"hidden_act '{raw['hidden_act']}' is not supported (only silu is)")
+        act = "relu" if known[names[0]] in OWN else "silu"
+        if raw.get("hidden_act", act) != act:
+            raise UserError(f"hidden_act '{raw['hidden_act']}' is not supported (only {act} is)")
         for key in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config"):
             if raw.get(key):
                 raise UserError(f"config.json sets {key}, which is not supported")

@@ -75,6 +75,10 @@ def export(
             )
         else:
             save_checkpoint(out, source.model, source.tokenizer, source.template, source.weights)
+            if config.crate:
+                caveats = [
+                    f"{config.architecture} is a format of Liubai's own: transformers and vLLM cannot read it"
+                ]
     files = [out] if out.is_file() else list(out.iterdir())
     return {
         "path": str(out),

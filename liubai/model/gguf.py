@@ -65,6 +65,8 @@ def write_gguf(
         from gguf import GGMLQuantizationType, GGUFWriter
     except ImportError:
         raise UserError("GGUF needs a package more: pip install 'liubai[gguf]'") from None
+    if config.architecture not in ARCHITECTURES:
+        raise UserError(f"llama.cpp does not know {config.architecture}: only Liubai reads such a checkpoint")
     arch = ARCHITECTURES[config.architecture]
     if config.rope_scaling and arch != "llama":
         raise UserError(f"llama.cpp has no llama3 rope scaling for {arch}; use --to hf")

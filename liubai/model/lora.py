@@ -80,6 +80,8 @@ def attach(model: Transformer, config: LoraConfig, seed: int) -> None:
     """Freeze ``model`` and give its target layers adapters. Raises ``UserError`` if it has some."""
     if next(adapters(model), None):
         raise UserError("this model has an adapter already; merge it first")
+    if model.config.crate:
+        raise UserError(f"there are no adapters for {model.config.architecture}; leave lora out")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(derive(seed, "lora"))
     for block in model.layers:

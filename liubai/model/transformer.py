@@ -1,9 +1,10 @@
 """The decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-One class covers Llama, Qwen2 (qkv bias) and Qwen3 (q/k norm). Everything but attention works
-token by token, so the same code runs a packed training row ``[B, T]`` and a decoding batch
-``[N]``; who attends to whom is a strategy, :data:`Attend`, which the caller passes in. Left out on
-purpose: dropout, sliding windows, mixture of experts, any parallelism.
+One class covers Llama, Qwen2 (qkv bias), Qwen3 (q/k norm) and, with blocks of its own
+(:mod:`liubai.model.crate`), the white-box CRATE. Everything but attention works token by token, so
+the same code runs a packed training row ``[B, T]`` and a decoding batch ``[N]``; who attends to whom
+is a strategy, :data:`Attend`, which the caller passes in. Left out on purpose: dropout, sliding
+windows, mixture of experts, any parallelism.
 
 Shapes: B rows, T tokens, D hidden, H query heads, K key/value heads, E head size, V vocabulary.
 """
@@ -21,15 +22,14 @@ from torch.utils.checkpoint import checkpoint
 
 from liubai.errors import UserError
 from liubai.model.attention import attention
+from liubai.model.blocks import Attend as Attend
+from liubai.model.blocks import Block, RMSNorm
 from liubai.model.config import Llama3Rope, ModelConfig
-from liubai.model.functions import rms_norm, rotate, swiglu
+from liubai.model.crate import CrateBlock
 from liubai.model.matmul import Linear, linear
 
 #: a vocabulary projection of so many numbers is worth some care
 MANY = 1 << 24
-
-#: (layer, q [..., H, E], k [..., K, E], v [..., K, E]) -> [..., H, E]; q and k are already rotated.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def rope_table(
@@ -68,74 +68,6 @@ def rope_slowing(head_dim: int, theta: float, scaling: Llama3Rope) -> Tensor:
     return (speed / _stretched(speed, scaling)).float()
 
 
-class RMSNorm(nn.Module):
-    """Holds the weight of :func:`liubai.model.functions.rms_norm`."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        c = config
-        self.head_dim = c.head_dim
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-        if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.qk_norm = c.qk_norm
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What attention works on: q and k, rotated, and v."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, *rope), rotate(k, *rope), v
-
-
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020): ``down(silu(gate(x)) * up(x))``."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
-
-
-class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
-        return self.after(x, attend(layer, *self.before(x, rope)))
-
-    def before(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        return self.self_attn(self.input_layernorm(x), rope)  # type: ignore[no-any-return]
-
-    def after(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.self_attn.o_proj(attended.flatten(-2))
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
-
-
 class Transformer(nn.Module):
     """``model(ids_BT) -> logits_BTV``. ``hidden`` and ``head`` are its two halves.
 
@@ -149,7 +81,8 @@ class Transformer(nn.Module):
         self.checkpointing = False
         self._decoding: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.block: type[Block | CrateBlock] = CrateBlock if config.crate else Block
+        self.layers = nn.ModuleList(self.block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._rope = rope_table(0, config.head_dim, config.rope_theta, config.rope_scaling)
         if not config.tie_word_embeddings:
@@ -190,8 +123,8 @@ class Transformer(nn.Module):
         """From now on, steps of one token a row run by ``torch.compile``: what stands between the matrix
         products of a layer becomes a few kernels, before attention and after it. One compilation serves
         all layers and all numbers of rows. Raises ``UserError`` where it does not work."""
-        before: Callable[..., Any] = torch.compile(Block.before, dynamic=True)
-        after: Callable[..., Any] = torch.compile(Block.after, dynamic=True)
+        before: Callable[..., Any] = torch.compile(self.block.before, dynamic=True)
+        after: Callable[..., Any] = torch.compile(self.block.after, dynamic=True)
         x = self.head_weight.new_zeros(3, self.config.hidden_size)
         cos, sin = self._rope_until(3, x)
         positions = torch.arange(3, device=x.device)

@@ -11,13 +11,13 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from liubai.errors import UserError
 from liubai.learn.optim import Optimizer, warmup_decay
 from liubai.learn.packing import Batch, Sequence1, micro_batches
 from liubai.model.checkpoint import save_checkpoint
-from liubai.model.config import ModelConfig
+from liubai.model.config import ARCHITECTURES, OWN, ModelConfig
 from liubai.model.transformer import build
 from liubai.problems import family, world_vocabulary
 from liubai.problems.family import Habits, split_of
@@ -54,6 +54,15 @@ class ModelShape(BaseModel):
         if heads % value:
             raise ValueError(f"must divide num_attention_heads ({heads})")
         return value
+
+    @model_validator(mode="after")
+    def _known(self) -> ModelShape:
+        if self.architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"architecture '{self.architecture}' is not supported; supported: {known}")
+        if self.architecture in OWN and self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(f"{self.architecture} needs num_key_value_heads = num_attention_heads")
+        return self
 
 
 class Config(Trained):
