@@ -142,7 +142,7 @@ def test_its_checkpoint_says_whose_it_is(architecture: str, tmp_path: Path, worl
     assert (raw["architectures"], raw["model_type"]) == ([architecture], "liubai_crate")
     with pytest.raises(ValueError, match="liubai_crate"):
         AutoConfig.from_pretrained(tmp_path / "c")
-    with pytest.raises(UserError, match="llama.cpp does not know Crate"):
+    with pytest.raises(UserError, match=r"llama\.cpp does not know Crate"):
         export(tmp_path / "c", "gguf", tmp_path / "c.gguf")
     assert not (tmp_path / "c.gguf").exists()
     told = export(tmp_path / "c", "hf", tmp_path / "again")
