@@ -71,8 +71,9 @@ class SparseCode(nn.Module):
 
     def back(self, code: Tensor) -> Tensor:
         """D a: what the code stands for, ``[..., D]``."""
-        dictionary_DM = self.dictionary.weight.t()
-        return linear(code, dictionary_DM)
+        dictionary_DM: Tensor = self.dictionary.weight.t()
+        found: Tensor = linear(code, dictionary_DM)
+        return found
 
 
 class CrateBlock(nn.Module):

@@ -22,6 +22,7 @@ from liubai.files import write_text
 from liubai.report.answers import probe_questions
 from liubai.report.charts import panel_charts, pass_chart, pretrain_charts, story_charts
 from liubai.report.examples import example_charts, sample_table
+from liubai.report.instruments import sections
 from liubai.report.read import IMITATING, JUDGING, Run, Stage, number, read_run
 from liubai.report.stages import origin, pipeline_sentence, stage_charts, stage_table
 from liubai.report.story import (
@@ -90,6 +91,7 @@ def render(run: Run) -> str:
         taught=bool(run.of_kind(*IMITATING, *JUDGING, "sample")),
         examples=example_charts(run),
         kept=sample_table(run),
+        instruments=sections(run),
         take_offs=[(s, take_off(s.curve("reflections"))) for s in reinforced],
         warnings=[(s.name, w) for s in run.stages for w in s.warnings],
         clock=clock,

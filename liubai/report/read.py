@@ -142,7 +142,7 @@ def read_run(path: Path) -> Run:
     notes: list[str] = []
     folders = {m[2]: p for p in sorted(path.iterdir()) if p.is_dir() and (m := _FOLDER.fullmatch(p.name))}
     stages = [_read_stage(name, tables, folders.get(name), notes) for name in tables]
-    environment = _read_object(path / "environment.json", notes)
+    environment = read_object(path / "environment.json", notes)
     return Run(path, text, recipe, stages, notes, environment)
 
 
@@ -160,9 +160,9 @@ def _read_stage(name: str, tables: dict[str, dict[str, Any]], folder: Path | Non
     stage.samples = list(_read_lines(folder / "samples.jsonl", notes))
     warnings = [str(w.get("message", w)) for w in _read_lines(folder / "warnings.jsonl", notes)]
     stage.warnings = list(dict.fromkeys(warnings))
-    stage.result = _read_object(folder / "eval.json", notes)
-    stage.sampled = _read_object(folder / "sample.json", notes)
-    stage.done = _read_object(folder / "DONE", notes)
+    stage.result = read_object(folder / "eval.json", notes)
+    stage.sampled = read_object(folder / "sample.json", notes)
+    stage.done = read_object(folder / "DONE", notes)
     if (folder / "DONE").exists() and stage.done is None:
         stage.done = {}  # an unreadable mark is still a mark
     if stage.done is None:
@@ -214,7 +214,7 @@ def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def _read_object(path: Path, notes: list[str]) -> dict[str, Any] | None:
+def read_object(path: Path, notes: list[str]) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -20,6 +20,7 @@ KINDS = {
     "dpo": "liubai.stages.dpo",
     "distill": "liubai.stages.distill",
     "eval": "liubai.stages.evaluate",
+    "whitebox": "liubai.stages.whitebox",
 }
 
 

@@ -1,0 +1,16 @@
+"""The instruments that have a part in the report: which modules, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from liubai.report import whitebox
+from liubai.report.read import Run
+from liubai.report.section import Section
+
+#: each gives its part, or ``None`` where the recipe did not ask for it
+INSTRUMENTS: tuple[Callable[[Run], Section | None], ...] = (whitebox.section,)
+
+
+def sections(run: Run) -> list[Section]:
+    return [part for make in INSTRUMENTS if (part := make(run)) is not None]

@@ -1,0 +1,73 @@
+"""What the layers do to the tokens, from whitebox.json: sparsity and coding rates by layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from liubai.report.charts import stage_style
+from liubai.report.read import Curve, Run, number, read_object
+from liubai.report.section import Section
+from liubai.report.svg import Chart, Line
+
+
+def section(run: Run) -> Section | None:
+    """``None`` when no stage has looked."""
+    found = [
+        told
+        for stage in run.of_kind("whitebox")
+        if stage.folder and (told := read_object(stage.folder / "whitebox.json", run.notes))
+    ]
+    if not found:
+        return None
+    charts = [
+        _chart("sparsity", "How much of each layer's code is zero", "share of zeros", found, percent=True),
+        _chart("rate", "How widely the tokens spread", "nats a token", found),
+        _chart("compressed", "What attention leaves in the subspaces", "nats a token", found),
+    ]
+    shown = [chart for chart in charts if chart.lines]
+    return Section("white-box", "Inside the layers", "层中所见", _finding(found), shown, _words(found))
+
+
+def _layers(told: dict[str, Any], key: str) -> list[float | None]:
+    return [number(layer.get(key)) for layer in told.get("layers", [])]
+
+
+def _chart(key: str, title: str, unit: str, found: list[dict[str, Any]], percent: bool = False) -> Chart:
+    lines = []
+    for place, told in enumerate(found):
+        values = _layers(told, key)
+        if all(v is None for v in values):
+            continue
+        ink, dash = stage_style(place)
+        xs = tuple(float(i + 1) for i in range(len(values)))
+        lines.append(Line(str(told.get("label", "")), Curve(xs, tuple(values)), ink, dash, dots=True))
+    caption = "Held-out questions, all their tokens together."
+    return Chart(f"white-box-{key}", title, caption, unit, lines, x_label="layer", percent=percent)
+
+
+def _finding(found: list[dict[str, Any]]) -> str:
+    means = [
+        (str(told.get("label", "")), sum(known) / len(known))
+        for told in found
+        if (known := [v for v in _layers(told, "sparsity") if v is not None])
+    ]
+    return (
+        "Of the units in its layers are silent: "
+        + ", ".join(f"{name} {mean:.0%}" for name, mean in means)
+        + "."
+    )
+
+
+def _words(found: list[dict[str, Any]]) -> Markup | None:
+    """Some atoms of each dictionary, by the words that lie closest to them."""
+    parts = []
+    for told in found:
+        for i, layer in enumerate(told.get("layers", []), 1):
+            for words in layer.get("atoms", [])[:4]:
+                said = " · ".join(str(escape(word)) for word in words)
+                parts.append(f"<li>{escape(told.get('label', ''))}, layer {i}: {said}</li>")
+    if not parts:
+        return None
+    return Markup(f"<p>Atoms of the dictionaries, by the words closest to them:</p><ul>{''.join(parts)}</ul>")
