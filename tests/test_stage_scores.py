@@ -291,11 +291,13 @@ RULE = RewardWeights(correct=2.0, wrong=-3.0, format=0.25)
 LIKED = RewardWeights(correct=0.0, wrong=0.0, format=0.0, preference=0.5)
 
 
+@pytest.mark.parametrize("told_by", ["family", "verifier"])
 @pytest.mark.parametrize("liked", ["errand", "others"])
-def test_preferences_reach_their_answers_and_weights_their_families(
-    liked: str, world: TextTokenizer, pool: GraderPool
+def test_preferences_reach_their_answers_and_weights_their_kinds(
+    liked: str, told_by: str, world: TextTokenizer, pool: GraderPool
 ) -> None:
-    """Of three families one has weights of its own; the reward model is asked about the answers alone for
+    """Of three kinds one has weights of its own, as a family or, among the rows of a user's file, by its
+    verifier; the reward model is asked about the answers alone for
     which its word counts."""
     asked: list[tuple[Problem, str]] = []
 
@@ -303,25 +305,32 @@ def test_preferences_reach_their_answers_and_weights_their_families(
         asked.extend(answers)
         return [1000.0 * int(problem.prompt) + len(response.split()) for problem, response in answers]
 
-    families = ("errand", "greater", "total")
+    def problem_at(index: int) -> Problem:
+        if told_by == "family":
+            return Problem(str(index), "7", "exact", ("errand", "greater", "total")[index % 3])
+        return Problem(str(index), "7", "exact" if index % 3 else "number", "questions")
+
+    def of_its_own(problem: Problem) -> bool:
+        return problem.family == "errand" or problem.verifier == "number"
+
     own, default = (LIKED, RULE) if liked == "errand" else (RULE, LIKED)
     rollouts = Rollouts(
         Scripted(world),
         Template(world, BARE),
-        lambda index: Problem(str(index), "7", "exact", families[index % 3]),
+        problem_at,
         pool,
         samples=4,
         max_tokens=40,
         temperature=1.0,
         seed=0,
         weights=default,
-        weights_of={"errand": own},
+        weights_of={"errand" if told_by == "family" else "number": own},
         scorers={"preference": by_length},
     )
     wanted_of = set()
     for _ in range(2):
         for g in rollouts.collect(5):
-            errand = g.group.problem.family == "errand"
+            errand = of_its_own(g.group.problem)
             for j, (sample, reward) in enumerate(zip(g.group.samples, g.group.rewards, strict=True)):
                 length = len(sample.completion_ids) - 1  # without the end
                 if errand == (liked == "errand"):
@@ -334,4 +343,4 @@ def test_preferences_reach_their_answers_and_weights_their_families(
                     right = (g.index * 4 + j) % 2 == 0
                     assert reward.total == pytest.approx(2.25 if right else -2.75)
     assert len(asked) == len(wanted_of) == (16 if liked == "errand" else 24)
-    assert all((problem.family == "errand") == (liked == "errand") for problem, _ in asked)
+    assert all(of_its_own(problem) == (liked == "errand") for problem, _ in asked)

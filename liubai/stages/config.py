@@ -190,7 +190,18 @@ class Trained(Compute):
         return torch.float32 if self.optimizer_state == "float32" else torch.bfloat16
 
 
+def _kind_name(name: str) -> str:
+    from liubai.grade import is_ours
+
+    return name if is_ours(name) or USERS_OWN in name else _family_name(name)
+
+
+#: between the file and the function of a verifier that the user brings
+USERS_OWN = ".py:"
+
 FamilyName = Annotated[str, AfterValidator(_family_name)]
+#: a family, or a verifier: what tells kinds of problems apart
+KindName = Annotated[str, AfterValidator(_kind_name)]
 WrittenFamilyName = Annotated[str, AfterValidator(_family_with_text)]
 #: family name -> its share of a mixture (they need not add up to 1)
 Shares = Annotated[dict[FamilyName, float], AfterValidator(_positive_shares)]

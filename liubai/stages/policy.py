@@ -36,7 +36,7 @@ from liubai.problems.family import Audited
 from liubai.problems.source import source_of
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive
-from liubai.stages.config import MAX_SKIPPED, Brought, FamilyName, Shares, Trained
+from liubai.stages.config import MAX_SKIPPED, Brought, KindName, Shares, Trained
 from liubai.stages.context import WARNINGS, Context
 from liubai.stages.evaluate import evaluate
 from liubai.stages.rl_metrics import probe_records, rollout_metrics
@@ -64,8 +64,8 @@ class PolicyConfig(Brought, Trained):
     minibatches: int = Field(1, gt=0)
     max_norm: float = Field(1.0, gt=0)
     rewards: RewardWeights = RewardWeights()
-    #: other rewards for the problems of single families
-    rewards_of: dict[FamilyName, RewardWeights] = {}
+    #: other rewards for the problems of single families, or of single verifiers
+    rewards_of: dict[KindName, RewardWeights] = {}
     lora: LoraConfig | None = None
     slots: int = Field(256, gt=0, description="answers written at once")
     inflight: bool = False

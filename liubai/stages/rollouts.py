@@ -147,7 +147,11 @@ class Rollouts:
         self._answers[index, j] = Answer(sample, response, verdict)
 
     def _weights(self, problem: Problem) -> RewardWeights:
-        return self.weights_of.get(problem.family, self.weights)
+        """The family's, or the verifier's, or those of all."""
+        for kind in (problem.family, problem.verifier):
+            if kind in self.weights_of:
+                return self.weights_of[kind]
+        return self.weights
 
     def _judge(self, taken: Sequence[int]) -> None:
         """What the models that judge say of the answers of some groups, all at once, and in which language
