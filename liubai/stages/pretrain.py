@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -29,6 +30,8 @@ from liubai.stages.context import Context
 from liubai.stages.supervised import NextToken, train
 from liubai.text.template import BARE, Template
 from liubai.text.tokenizer import EOS, TextTokenizer, byte_level, word_level
+
+SNAPSHOTS = "snapshots"  #: the folder of checkpoints that were kept on the way
 
 #: a document, drawn at random
 Draw = Callable[[random.Random], Sequence1]
@@ -79,6 +82,14 @@ class Config(Trained):
     warmup: float = Field(0.05, ge=0, le=1, description="share of the steps")
     decay: float = Field(0.5, ge=0, le=1, description="share of the steps")
     save_every: int = Field(100, gt=0, description="steps between resume points")
+    #: steps after which a checkpoint is kept, for instruments that look at how the model came about
+    snapshots: tuple[Annotated[int, Field(gt=0)], ...] = ()
+
+    @model_validator(mode="after")
+    def _within(self) -> Config:
+        if beyond := [step for step in self.snapshots if step > self.steps]:
+            raise ValueError(f"snapshots: there is no step {beyond[0]} among {self.steps} steps")
+        return self
 
     def located(self, folder: Path) -> Config:
         return self.model_copy(update={"texts": self.texts.located(folder) if self.texts else None})
@@ -97,11 +108,16 @@ def run(config: Config, context: Context) -> None:
         found = list(documents(draw, config.tokens_per_step, context.seed, step))
         return micro_batches(found, tokenizer.pad_id, tokens)
 
+    def keep(step: int) -> None:
+        if step in config.snapshots:
+            save_checkpoint(context.folder / SNAPSHOTS / f"{step:06}", model, tokenizer, BARE)
+
     train(
         context,
         model,
         optimizer,
         NextToken(batches),
+        after=keep,
         steps=config.steps,
         tokens=config.microbatch(),
         save_every=config.save_every,

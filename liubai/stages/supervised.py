@@ -57,10 +57,12 @@ def train(
     save_every: int,
     scale: Callable[[int], float],
     look: Callable[[], Mapping[str, float]] = dict,
+    after: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Learn for ``steps`` steps, from the last resume point on, in micro-batches of ``tokens`` tokens, or of
     half as many where memory runs out. ``scale(step)`` multiplies the learning rate; ``look()``
-    gives more to log wherever a resume point is due, and at the end. Raises ``Diverged`` after
+    gives more to log wherever a resume point is due, and at the end; ``after(step)`` is called
+    after every step. Raises ``Diverged`` after
     ``MAX_SKIPPED`` steps in a row without a finite gradient, ``UserError`` when one example alone does not
     fit the memory."""
     seen, first, skipped = 0, 0, 0
@@ -103,6 +105,7 @@ def train(
             "tokens": seen,
             "tokens/s": read / (time.perf_counter() - begun),
         }
+        after(step + 1)
         due = (step + 1) % save_every == 0 or step + 1 == steps
         context.log(step + 1, steps, metrics | (dict(look()) if due else {}))
         if (step + 1) % save_every == 0 and step + 1 < steps:
