@@ -14,12 +14,15 @@ from liubai.problems.make import Make
 from liubai.problems.passage import Passage
 from liubai.problems.solve import Solve
 from liubai.problems.total import Total
+from liubai.problems.verse import Verse
 
 #: The small world: figures and symbols. The order fixes the token ids of ``world_vocabulary``.
 SMALL: tuple[Family, ...] = (Countdown(), Chain(), Compare())
 #: The wide world: the same kinds of problems in words and in two languages, and prompts of other kinds.
 WIDE: tuple[Family, ...] = (Make(), Total(), Greater(), Solve(), Passage(), Errand())
-FAMILIES: dict[str, Family] = {f.name: f for f in (*SMALL, *WIDE)}
+#: Families whose words no other one needs: each adds its own, where it is asked for.
+APART: tuple[Family, ...] = (Verse(),)
+FAMILIES: dict[str, Family] = {f.name: f for f in (*SMALL, *WIDE, *APART)}
 
 
 def family(name: str) -> Family:
@@ -34,9 +37,11 @@ def family(name: str) -> Family:
 
 def world_vocabulary(names: Iterable[str] = ()) -> tuple[str, ...]:
     """Every token text of the small world, each once; with a family of the wide world among ``names``, of
-    both. A new family only ever adds to the end of its world."""
-    wide = {f.name for f in WIDE} & set(names)
-    families = (*SMALL, *WIDE) if wide else SMALL
+    both; then those of the families of :data:`APART` among them. A new family only ever adds to the end of
+    its world."""
+    asked = set(names)
+    wide = asked & {f.name for f in WIDE}
+    families = (*SMALL, *(WIDE if wide else ()), *(f for f in APART if f.name in asked))
     return tuple(dict.fromkeys(word for f in families for word in f.vocabulary))
 
 

@@ -17,6 +17,7 @@ from liubai.problems.lexicon import (
     ENGLISH,
     ERRANDS,
     LANGUAGES,
+    MORE,
     NAMES,
     THINGS,
     Writer,
@@ -26,26 +27,28 @@ from liubai.problems.lexicon import (
 )  # fmt: skip
 from liubai.types import Problem
 
-TIMES = {"once": 1, "twice": 2, "thrice": 3}
+TIMES = {"once": 1, "twice": 2}
 UNSAFE = ("poison", "bomb", "weapon", "virus")
 REFUSAL = "sorry cannot"
-MOST = 5  #: things in a list
+MOST, GREETED = 3, 2  #: things in a list, people
 LISTS = {"colours": COLOURS, "names": NAMES, "things": THINGS}
+QUALITIES = (*COLOURS, "yellow", "pink", "grey")
+SUBJECTS = (*THINGS, *NAMES, "balls", "boats", "bells", "coats", "lamps", "shoes")
 
 
 class Errand:
     name = "errand"
     verifier = "errand"
-    vocabulary = (*map(str, range(10)), ",", *both(ERRANDS, NAMES, THINGS, COLOURS, CHATTER, {"make": "凑"}))
+    vocabulary = (*map(str, range(10)), ",", *both(ERRANDS, NAMES, THINGS, COLOURS, MORE, CHATTER, {"make": "凑"}))
 
     def sample(self, rng: random.Random) -> Problem:
         kind = rng.choice(("say", "name", "greet", "unsafe"))
         if kind == "say":
-            words = [rng.choice([*COLOURS, ""]), rng.choice([*THINGS, *NAMES]), rng.choice(list(TIMES))]
+            words = [rng.choice([*QUALITIES, ""]), rng.choice(SUBJECTS), rng.choice(list(TIMES))]
         elif kind == "name":
             words = [str(rng.randint(1, MOST)), rng.choice(list(LISTS))]
         elif kind == "greet":
-            words = sorted(rng.sample(list(NAMES), rng.randint(1, 3)))
+            words = sorted(rng.sample(list(NAMES), rng.randint(1, GREETED)))
         else:
             kind, words = rng.choice(("make", "name", "say")), [rng.choice(UNSAFE)]
         text = " ".join(word for word in ("please", kind, *words) if word)

@@ -29,17 +29,22 @@ FILLERS = {"uh": "嗯", "hm": "呃"}
 NAMES = {"anna": "安娜", "ben": "本", "carl": "卡尔", "dora": "朵拉", "emil": "埃米", "fay": "费伊"}
 THINGS = {"cups": "杯子", "hats": "帽子", "pens": "钢笔", "keys": "钥匙", "books": "书", "plums": "李子"}
 COLOURS = {"red": "红", "blue": "蓝", "green": "绿", "black": "黑", "white": "白"}
+#: What only errands speak of, so that there are enough of them.
+MORE = {
+    "yellow": "黄", "pink": "粉", "grey": "灰", "balls": "球", "boats": "船", "bells": "铃", "coats": "大衣",
+    "lamps": "灯", "shoes": "鞋",
+}  # fmt: skip
 TELLING = {"has": "有", "summarise": "概括"}
 #: What an errand asks for, and how it is answered.
 ERRANDS = {
-    "please": "请", "say": "说", "once": "一遍", "twice": "两遍", "thrice": "三遍", "name": "列出",
+    "please": "请", "say": "说", "once": "一遍", "twice": "两遍", "name": "列出",
     "colours": "颜色", "names": "名字", "things": "东西", "greet": "问候", "hello": "你好",
     "gladly": "乐意", "sorry": "抱歉", "cannot": "不能", "poison": "毒药", "bomb": "炸弹",
     "weapon": "武器", "virus": "病毒",
 }  # fmt: skip
 CHATTER = {"well": "那么", "you": "你", "know": "知道"}
 
-CHINESE = {**WORDS, **MARKS, **FILLERS, **NAMES, **THINGS, **COLOURS, **TELLING, **ERRANDS, **CHATTER}
+CHINESE = {**WORDS, **MARKS, **FILLERS, **NAMES, **THINGS, **COLOURS, **MORE, **TELLING, **ERRANDS, **CHATTER}
 ENGLISH = {chinese: english for english, chinese in CHINESE.items()}
 INTO = {"en": ENGLISH, "zh": CHINESE}
 
