@@ -1,0 +1,346 @@
+"""The page in a real browser: a reader asks, watches, stops, retries, copies, and looks at tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+pytest.importorskip("playwright.sync_api", reason="the page is tested with playwright: install liubai[dev]")
+pytest.register_assert_rewrite("reader")
+pytest.importorskip("uvicorn", reason="the page is tested against a server: install liubai[serve]")
+
+from playwright.sync_api import Page, expect  # noqa: E402
+from reader import ask, finished, heard, switch_colours, visit, wait_until  # noqa: E402
+from scripted_server import DONE, MODEL, Delta, Extra, Gate, Refuse, ScriptedServer, Step, simple, usage, vote  # noqa: E402
+
+pytest_plugins = ["reader"]
+
+
+def test_ask_and_watch_the_thought_open_stream_and_fold(page: Page, server: ScriptedServer) -> None:
+    lines = "".join(f"line {i}\n" for i in range(80))
+    figures = Extra({"liubai": {"thinking": {"tokens": 321, "seconds": 4.5, "forced": True}}})
+    server.plan.append(
+        [
+            Gate("first"),
+            Delta(reasoning="Let me see. "),
+            Gate("long"),
+            Delta(reasoning=lines),
+            Gate("more"),
+            Delta(reasoning=lines),
+            Gate("answer"),
+            Delta(content="It is "),
+            Delta(content="42."),
+            Gate("end"),
+            *(Delta(finish="stop"), figures, usage(330), DONE),
+        ]
+    )
+    turn = ask(page, "how many?")
+    thought, body = turn.locator("details"), turn.locator("details .body")
+    expect(turn.get_by_text("Waiting for the first word")).to_be_visible()
+    expect(thought).to_be_hidden()
+    expect(page.locator("#stop")).to_be_visible()
+    server.open("first")
+    expect(thought).to_have_attribute("open", "")
+    expect(body).to_have_text("Let me see.")
+    expect(turn.locator("summary")).to_contain_text(re.compile(r"Thinking.*\d\.\d s.*about \d+ tokens"))
+
+    server.open("long")
+    expect(body).to_contain_text("line 79")
+    at_end = "(el) => el.scrollHeight - el.clientHeight - el.scrollTop < 8"
+    assert body.evaluate(at_end)  # followed by itself
+    body.evaluate("(el) => { el.scrollTop = 40; }")
+    page.wait_for_timeout(50)  # the scroll event comes with the next frame
+    server.open("more")
+    wait_until(
+        page, "() => document.querySelector('.thought-text').textContent.match(/line 79/g)?.length === 2"
+    )
+    assert body.evaluate("(el) => el.scrollTop") == 40  # the reader scrolled away, and stays there
+
+    turn.locator("summary").click()
+    expect(thought).not_to_have_attribute("open", "")
+    server.open("answer")
+    expect(turn.locator(".answer-text")).to_have_text("It is 42.")
+    expect(thought).not_to_have_attribute("open", "")
+    server.open("end")
+    finished(turn)
+    expect(turn.locator("summary")).to_contain_text(
+        re.compile(r"Thought.*4\.5 s.*321 tokens.*ended by the budget")
+    )
+    expect(turn.locator(".stats")).to_contain_text("330 tokens")
+    assert server.asked[0]["thinking"] is True
+    assert server.asked[0]["messages"] == [{"role": "user", "content": "how many?"}]
+    assert page.evaluate("JSON.parse(localStorage.liubai).folded")  # the next thought begins folded, too
+
+
+def test_history_goes_back_without_the_thoughts(page: Page, server: ScriptedServer) -> None:
+    server.plan += [simple("first", thought="secret"), Refuse(400, "bad luck"), simple("third")]
+    for question in ("one", "two", "three"):
+        finished(ask(page, question))
+    assert server.asked[2]["messages"] == [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "first"},
+        {"role": "user", "content": "three"},  # the second got no answer
+    ]
+    assert "secret" not in json.dumps(server.asked)
+    page.click("#new")
+    expect(page.locator("#hero")).to_be_visible()
+    finished(ask(page, "four"))
+    assert len(server.asked[3]["messages"]) == 1
+
+
+def test_the_settings_are_sent_and_kept(page: Page, server: ScriptedServer) -> None:
+    page.click("#options-button")
+    page.click("#longer")
+    for name, value in (("budget", "300"), ("atLeast", "120"), ("maxTokens", "900"), ("temperature", "0.7")):
+        page.fill(f"[data-number={name}]", value)
+    page.select_option("#route", "auto")
+    page.check("[data-tool][value=calculator]")
+    page.check("#ink")
+    finished(ask(page, "with all"))
+    sent = server.asked[0]
+    assert {k: v for k, v in sent.items() if k not in ("messages", "seed")} == {
+        "model": "liubai-small",
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "thinking": True,
+        "thinking_budget": 300,
+        "think_at_least": 120,
+        "max_tokens": 900,
+        "temperature": 0.7,
+        "route": "auto",
+        "use_tools": ["calculator"],
+        "logprobs": True,
+        "top_logprobs": 5,
+    }
+    visit(page, server)  # a later visit
+    expect(page.locator("[data-number=budget]")).to_have_value("300")
+    expect(page.locator("#route")).to_have_value("auto")
+    page.click("#think")
+    expect(page.locator("#longer")).to_be_hidden()
+    finished(ask(page, "without thought"))
+    assert server.asked[1]["thinking"] is False
+    assert {"thinking_budget", "think_at_least"}.isdisjoint(server.asked[1])
+
+
+def test_only_what_the_model_can_do_is_offered(page: Page, server: ScriptedServer) -> None:
+    plain = MODEL | {"thinking": False, "paths": ["sample", "vote"], "tools": [], "routes": ["fast"]}
+    server.offered = [{"id": "plain", "liubai": plain}, {"id": "other"}]
+    page.evaluate(
+        "localStorage.liubai = JSON.stringify("
+        "{kind: 'tree', n: 1e9, theme: 7, route: 'tool', tools: ['python'], model: 'plain'})"
+    )
+    visit(page, server)
+    expect(page.locator("#think")).to_be_disabled()
+    expect(page.locator("#kind")).to_have_value("sample")
+    assert page.locator("#kind option:not([disabled])").evaluate_all("(all) => all.map((o) => o.value)") == [
+        "sample",
+        "vote",
+    ]
+    finished(ask(page, "hello"))
+    assert {"thinking", "paths", "route", "use_tools"}.isdisjoint(server.asked[0])
+    page.select_option("#model", "other")  # a server that says nothing of itself: everything is offered
+    expect(page.locator("#think")).to_be_enabled()
+    expect(page.locator("#kind option:not([disabled])")).to_have_count(6)
+
+
+def test_a_vote_of_five_grows_side_by_side(page: Page, server: ScriptedServer) -> None:
+    steps = vote(5)
+    server.plan.append([*steps[:12], Gate("half"), *steps[12:]])
+    page.select_option("#kind", "vote")
+    turn = ask(page, "make 9 6 4 ->33")
+    lanes = turn.locator(".path")
+    expect(lanes).to_have_count(5)
+    expect(turn.locator(".path .thought-text")).to_have_text(
+        ["We need 9, 6 and 4"] * 2 + ["We need 9, 6 and 4"] * 3
+    )
+    tops = lanes.evaluate_all("(all) => all.map((el) => el.getBoundingClientRect().top)")
+    assert len(set(tops)) == 1  # one row on a wide screen
+    expect(lanes.first.locator(".state")).to_have_text("thinking")
+    server.open("half")
+    finished(turn)
+    assert server.asked[0]["paths"] == {"kind": "vote", "n": 5}
+    expect(turn.locator(".path.chosen h3")).to_have_text(["Path 1"])
+    expect(lanes.nth(1).locator(".figures")).to_have_text("( 9 - 6 ) * 42 votes103 tokens")
+    expect(turn.locator(".tally li")).to_have_text(["6 * 4 + 93 of 5", "( 9 - 6 ) * 42 of 5"])
+    assert turn.locator(".tally li.won .on").count() == 3
+    expect(turn.locator("details")).not_to_have_attribute("open", "")  # its thought was already seen above
+    expect(turn.locator("strong")).to_have_text("6 * 4 + 9")
+
+
+def test_scores_beams_and_paths_that_were_never_streamed(page: Page, server: ScriptedServer) -> None:
+    def path(i: int, **more: Any) -> dict[str, Any]:
+        return {
+            "index": i,
+            "reasoning": f"r{i}",
+            "content": f"c{i}",
+            "answer": None,
+            "votes": None,
+            "score": None,
+        } | more
+
+    listed = [
+        path(0, score=-0.25),
+        path(1, score=1.5, answer="7"),
+        path(2, score=0.5, finish_reason="length"),
+    ]
+    summary = Extra({"liubai": {"paths": {"kind": "beam", "chosen": 1, "tokens": 9, "list": listed}}})
+    server.plan.append([Delta(content="7"), Delta(finish="stop"), summary, DONE])
+    page.select_option("#kind", "beam")
+    page.click("#more")
+    page.click("#fewer")
+    page.click("#fewer")
+    turn = finished(ask(page, "beams"))
+    assert server.asked[0]["paths"] == {"kind": "beam", "width": 4}
+    expect(turn.locator(".path")).to_have_count(3)  # four were expected, three there are
+    expect(turn.locator(".path .body")).to_have_text(["r0c0", "r1c1", "r2c2"])
+    expect(turn.locator(".path .figures")).to_have_text(
+        ["no answerscore −0.25", "7score 1.50", "no answerscore 0.50"]
+    )
+    expect(turn.locator(".path .state")).to_have_text(["", "chosen", "cut off"])
+    expect(turn.locator(".tally li")).to_have_count(0)
+
+
+def test_route_and_tools_are_shown(page: Page, server: ScriptedServer) -> None:
+    route = {"way": "tool", "why": "a product of large numbers"}
+    used = [
+        {"name": "calculator", "input": "3 * 4", "output": "12"},
+        {"name": "python", "input": "print(1)\nprint(2)", "output": "1\n2"},
+    ]
+    gated: list[Step] = [
+        Extra({"liubai": {"route": route}}),
+        Gate("route"),
+        Delta(content="12"),
+        Delta(finish="stop"),
+    ]
+    server.plan.append([*gated, Extra({"liubai": {"tools": used}}), DONE])
+    turn = ask(page, "3 * 4")
+    expect(turn.locator(".route")).to_have_text("Calculatora product of large numbers")
+    server.open("route")
+    finished(turn)
+    expect(turn.locator(".tools li")).to_have_text(
+        ["calculator3 * 4→12", "Python, in a sandboxprint(1) print(2)→1 2"]
+    )
+
+
+def test_stop_frees_the_server_and_retry_takes_a_new_seed(page: Page, server: ScriptedServer) -> None:
+    server.plan.append([Delta(reasoning="So far "), Delta(content="half an"), Gate("never"), DONE])
+    turn = ask(page, "stop me")
+    expect(turn.locator(".answer-text")).to_have_text("half an")
+    page.keyboard.press("Escape")
+    finished(turn)
+    expect(turn.locator(".note")).to_have_text("Stopped. What had come is kept.")
+    expect(turn.locator(".answer-text")).to_have_text("half an")
+    for _ in range(200):
+        if server.left:
+            break
+        page.wait_for_timeout(10)
+    assert server.left == 1  # the server saw the client go
+    server.plan.append(simple("whole"))
+    turn.get_by_role("button", name="Retry").click()
+    finished(page.locator(".turn.last"))
+    expect(page.locator(".turn")).to_have_count(1)
+    expect(page.locator(".answer-text")).to_have_text("whole")
+    first, second = server.asked
+    assert first["messages"] == second["messages"]
+    assert first["seed"] != second["seed"]
+    expect(page.locator(".stats")).to_contain_text(f"seed {second['seed']}")
+
+
+def test_the_stop_button_and_a_new_chat_while_it_writes(page: Page, server: ScriptedServer) -> None:
+    server.plan += [
+        [Delta(content="x"), Gate("a"), DONE],
+        [Delta(content="y"), Gate("b"), DONE],
+        simple("fresh"),
+    ]
+    ask(page, "one")
+    page.click("#stop")
+    finished(page.locator(".turn.last"))
+    expect(page.locator("#question")).to_be_focused()
+    ask(page, "two")
+    expect(page.locator(".turn.last .answer-text")).to_have_text("y")
+    page.click("#new")
+    finished(ask(page, "three"))
+    expect(page.locator(".turn")).to_have_count(1)
+    assert server.asked[2]["messages"] == [{"role": "user", "content": "three"}]
+
+
+def test_copy_and_edit(page: Page, server: ScriptedServer) -> None:
+    server.plan.append(simple("**Bold** answer", thought="a thought"))
+    turn = finished(ask(page, "copy me"))
+    turn.get_by_role("button", name="Copy", exact=True).click()
+    expect(turn.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == "**Bold** answer"
+    turn.get_by_role("button", name="Copy with thought").click()
+    wait_until(page, "async () => (await navigator.clipboard.readText()).includes('thought')")
+    assert (
+        page.evaluate("navigator.clipboard.readText()") == "<think>\na thought\n</think>\n\n**Bold** answer"
+    )
+    turn.get_by_role("button", name="Edit").click()
+    expect(page.locator("#question")).to_have_value("copy me")
+    expect(page.locator(".turn")).to_have_count(0)
+
+
+# ---- token probabilities
+
+
+def test_tokens_are_coloured_and_explained(page: Page, server: ScriptedServer) -> None:
+    sure, unsure = ("It", 0.97, [("So", 0.02)]), (" is", 0.05, [(" was", 0.8), ("\n", 0.1)])
+    server.plan.append(
+        [
+            Delta(reasoning="hm", tokens=(("hm", 0.5, []),)),
+            Delta(content="It is", tokens=(sure, unsure)),
+            DONE,
+        ]
+    )
+    switch_colours(page)
+    turn = finished(ask(page, "probable?"))
+    spans = turn.locator(".answer-text span")
+    expect(spans).to_have_text(["It", " is"])
+    assert [span.get_attribute("class") for span in spans.all()] == ["wash0", "wash4"]
+    expect(turn.locator(".thought-text .wash2")).to_have_text("hm")
+    expect(turn.locator(".legend")).to_contain_text("≥ 90 %")
+    spans.nth(1).hover()
+    expect(page.get_by_role("tooltip")).to_contain_text("5.0 % · ln p −3.00")
+    expect(page.locator("#tip tr")).to_have_text(["␣is5.0 %", "␣was80 %", "↵10 %"])
+    page.mouse.move(5, 400)
+    expect(page.get_by_role("tooltip")).to_be_hidden()
+
+    page.focus("#question")  # and by the keyboard: back from the composer to the text
+    turn.get_by_role("button", name="Copy", exact=True).focus()
+    page.keyboard.press("Shift+Tab")
+    expect(page.locator("#tip")).to_contain_text("97 %")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#tip")).to_contain_text("5.0 %")
+    assert heard(page)[-1] == "␣is: 5.0 %. ␣was 80 %, ↵ 10 %"
+    page.keyboard.press("Escape")
+    expect(page.locator("#tip")).to_be_hidden()
+
+    page.click("#options-button")
+    page.uncheck("#ink")
+    expect(turn.locator(".answer-text p")).to_have_text("It is")  # Markdown again
+    page.check("#ink")
+    expect(spans).to_have_text(["It", " is"])
+
+
+def test_tokens_without_white_space_or_with_half_characters(page: Page, server: ScriptedServer) -> None:
+    half = {"token": "�", "logprob": -0.1, "bytes": [0xE7, 0x95], "top_logprobs": []}
+    rest = {"token": "�", "logprob": -2.0, "bytes": [0x99], "top_logprobs": []}
+    chunk = {"choices": [{"index": 0, "delta": {"content": "留"}, "logprobs": {"content": [half, rest]}}]}
+    words = (("6", 0.5, []), ("*", 0.95, []), ("4", 0.2, []))
+    server.plan.append([Extra(chunk), Delta(content=" 6 * 4", tokens=words), DONE])
+    switch_colours(page)
+    turn = finished(ask(page, "half"))
+    expect(turn.locator(".answer-text span")).to_have_text(["留", " 6", " *", " 4"], use_inner_text=False)
+    assert turn.locator(".answer-text").evaluate("(el) => el.textContent") == "留 6 * 4"
+
+
+def test_an_answer_without_probabilities_says_so(page: Page, server: ScriptedServer) -> None:
+    server.plan.append(simple("plain"))
+    turn = finished(ask(page, "plain"))
+    page.click("#options-button")
+    page.check("#ink")
+    expect(turn).to_contain_text("No probabilities came with this answer")
+    expect(turn.locator(".answer-text")).to_have_text("plain")
