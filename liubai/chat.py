@@ -1,93 +1,338 @@
-"""Questions to a checkpoint in the terminal, every one of them on its own."""
+"""Questions to a checkpoint in the terminal, answered as the server answers them.
+
+Lines that begin with ``/`` change how; ``/help`` lists them. Every question stands alone unless ``/keep on``.
+Ctrl-C stops an answer; twice, or Ctrl-D, leaves.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from liubai.errors import UserError
 from liubai.model.checkpoint import load
-from liubai.rollout.engine import Engine, Request
+from liubai.rollout.local import Judging, LocalWriter
+from liubai.rollout.paths import PathsConfig
 from liubai.rollout.torch_engine import TorchEngine
+from liubai.rollout.writer import Judge
 from liubai.seeds import derive
+from liubai.serve.answering import answer
+from liubai.serve.errors import Refused, refusal_of
+from liubai.serve.events import ChoiceSaid, Ended, Event, PathSaid, Started
+from liubai.serve.house import House, Served
+from liubai.serve.inside import problem_of
+from liubai.serve.router import ROUTES, Router
+from liubai.serve.schema import ChatRequest, read
+from liubai.serve.tools import check
+from liubai.stages.by_paths import way_of
 from liubai.stages.config import Compute
+from liubai.stages.scoring import Preference, Process
 from liubai.text.template import template_for
-from liubai.text.tokenizer import TextTokenizer
+
+#: Tokens of a prompt, for which room is kept beside the answer's.
+PROMPT = 2048
+#: Answers written at once: paths.
+SLOTS = 64
+
+HELP = """\
+/think on|off        DeepThink: think before the answer
+/budget N|none       the most tokens of a thought
+/atleast N           the fewest: think longer
+/paths KIND[:N]      greedy, sample, beam:4, vote:8, best:8, tree:16
+/route WAY           auto, fast, think, tool, none
+/tools NAMES|none    that the model may call: calculator, python
+/temperature T       0 is greedy
+/tokens N            the longest answer
+/show on|off         show the thought
+/keep on|off         a conversation: earlier questions and answers are read again
+/settings            what is set
+/quit                or Ctrl-D"""
 
 
-def talk(
-    checkpoint: Path, compute: Compute, temperature: float, max_tokens: int, seed: int, show_thinking: bool
-) -> None:
-    """Until Ctrl-D or Ctrl-C. Raises ``UserError`` for a bad checkpoint."""
-    model, tokenizer = load(checkpoint, dtype=compute.dtype(), device=compute.where())
-    template = template_for(tokenizer, checkpoint)
-    room = min(model.config.max_position_embeddings, max_tokens + 2048)
-    engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=1, max_length=room)
-    engine.load(model.state_dict(), version=0)
-    turn = 0
+@dataclass(slots=True)
+class Settings:
+    """What the commands change; the names are theirs."""
+
+    temperature: float = 0.6
+    max_tokens: int = 1024
+    think: bool = True
+    budget: int | None = None
+    at_least: int = 0
+    paths: str = "sample"
+    route: str | None = None
+    tools: tuple[str, ...] = ()
+    show: bool = True
+    keep: bool = False
+    seed: int = 0
+
+    def set(self, command: str, text: str) -> str | None:
+        """Set one by its command; a sentence when that cannot be."""
+        try:
+            return self._set(command, text.strip())
+        except (UserError, ValueError) as error:
+            return str(error)
+
+    def _set(self, command: str, text: str) -> str | None:
+        if command in ("think", "show", "keep"):
+            if text not in ("on", "off"):
+                return f"say /{command} on, or /{command} off"
+            setattr(self, command, text == "on")
+        elif command == "budget":
+            self.budget = None if text == "none" else _natural(text)
+        elif command == "atleast":
+            self.at_least = _natural(text)
+        elif command == "tokens":
+            self.max_tokens = max(1, _natural(text))
+        elif command == "temperature":
+            self.temperature = _temperature(text)
+        elif command == "paths":
+            PathsConfig.parse(text)
+            self.paths = text
+        elif command == "route":
+            if text not in (*ROUTES, "none"):
+                return f"say one of {', '.join(ROUTES)}, none"
+            self.route = None if text == "none" else text
+        elif command == "tools":
+            names = tuple(name for name in text.replace(",", " ").split() if name != "none")
+            check(names)
+            self.tools = names
+        else:
+            return f"there is no command /{command}; /help lists them"
+        return None
+
+    def described(self) -> str:
+        shown = {
+            "think": "on" if self.think else "off",
+            "budget": "none" if self.budget is None else self.budget,
+            "atleast": self.at_least,
+            "paths": self.paths,
+            "route": self.route or "none",
+            "tools": ", ".join(self.tools) or "none",
+            "temperature": f"{self.temperature:g}",
+            "tokens": self.max_tokens,
+            "show": "on" if self.show else "off",
+            "keep": "on" if self.keep else "off",
+        }
+        return "\n".join(f"/{name} {value}" for name, value in shown.items())
+
+    def request(self, messages: Sequence[dict[str, Any]], turn: int) -> ChatRequest:
+        """Raises ``Refused``."""
+        config = PathsConfig.parse(self.paths)
+        paths: dict[str, Any] = {"kind": config.kind, "n": min(config.number, SLOTS)}
+        if config.judge is not None:
+            paths["judge"] = config.judge
+        asked = {
+            "messages": list(messages),
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "thinking": self.think,
+            "thinking_budget": self.budget,
+            "think_at_least": self.at_least or None,
+            "paths": paths,
+            "route": self.route,
+            "use_tools": list(self.tools) or None,
+            "seed": derive(self.seed, "chat", turn),
+        }
+        return read(ChatRequest, asked)
+
+
+def _natural(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise UserError(f"'{text}' is no whole number")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
     try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 2:
+        raise UserError("a temperature is a number from 0 to 2")
+    return number
+
+
+def talk(checkpoint: Path, compute: Compute, settings: Settings, judges: Sequence[Path] = ()) -> None:
+    """Until Ctrl-D, Ctrl-C twice, or /quit. Raises ``UserError`` for a bad checkpoint or judge."""
+    device = compute.where()
+    model, tokenizer = load(checkpoint, dtype=compute.dtype(), device=device)
+    template = template_for(tokenizer, checkpoint)
+    room = min(model.config.max_position_embeddings, settings.max_tokens + PROMPT)
+    engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=SLOTS, max_length=room, lot=1)
+    engine.load(model.state_dict(), version=0)
+    found: dict[Judge, Judging] = {}
+    way = way_of("sample", judges) if judges else None
+    for judge, folder in (way.judges if way is not None else {}).items():
+        scorer = (Preference if judge == "preference" else Process)(folder, device)
+        found[judge] = lambda answers, scorer=scorer: scorer(  # type: ignore[misc]
+            [(problem_of(question), response) for question, response in answers]
+        )
+    writer = LocalWriter(engine, eos_ids=tokenizer.eos_ids, judges=found)
+    house = House([Served("chat", writer, tokenizer, template, room)], router=Router.load())
+    Terminal(house, writer, settings).run()
+
+
+@dataclass(slots=True)
+class Terminal:
+    house: House
+    writer: LocalWriter
+    settings: Settings
+    turn: int = 0
+    said: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(self) -> None:
+        interrupted = False
         while True:
-            question = input("> ").strip()
-            prompt = tuple(template.prompt_ids(question)) if question else ()
-            if not prompt:
+            try:
+                line = input("> ").strip()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print()
+                if interrupted:
+                    return
+                interrupted = True
+                print("Ctrl-C again, or Ctrl-D, leaves", file=sys.stderr)
                 continue
-            if len(prompt) >= room:
-                print(f"the question has {len(prompt)} tokens, the model takes {room}", file=sys.stderr)
-                continue
-            budget = min(max_tokens, room - len(prompt))
-            request = Request(
-                id=turn,
-                prompt_ids=prompt,
-                max_tokens=budget,
-                seed=derive(seed, "chat", turn),
-                temperature=temperature,
-            )
-            show(texts(engine, tokenizer, request), template.prefilled, show_thinking)
-            turn += 1
-    except (EOFError, KeyboardInterrupt):
-        print()
+            interrupted = False
+            if line in ("/quit", "/exit"):
+                return
+            if line.startswith("/"):
+                self.command(line)
+            elif line:
+                interrupted = not self.ask(line)
+
+    def command(self, line: str) -> None:
+        name, _, text = line[1:].partition(" ")
+        if name == "help":
+            print(HELP)
+        elif name == "settings":
+            print(self.settings.described())
+        elif (wrong := self.settings.set(name, text)) is not None:
+            print(wrong, file=sys.stderr)
+        elif name == "keep":
+            self.said.clear()
+
+    def ask(self, question: str) -> bool:
+        """Answer it; ``False`` when Ctrl-C stopped that."""
+        asked = [*self.said, {"role": "user", "content": question}]
+        screen = Screen(self.settings.show)
+        try:
+            asyncio.run(self._answer(self.settings.request(asked, self.turn), screen))
+        except KeyboardInterrupt:
+            screen.stopped()
+            return False
+        except (Refused, UserError) as error:
+            print(refusal_of(error).message, file=sys.stderr)
+            return True
+        self.turn += 1
+        if self.settings.keep:
+            self.said = [*asked, {"role": "assistant", "content": screen.content}]
+        return True
+
+    async def _answer(self, request: ChatRequest, screen: Screen) -> None:
+        serving = asyncio.create_task(self.writer.serve())
+        try:
+            async with aclosing(answer(self.house, request)) as events:
+                async for event in events:
+                    screen.show(event)
+        finally:
+            serving.cancel()
+            with suppress(asyncio.CancelledError):
+                await serving
 
 
-def texts(engine: Engine, tokenizer: TextTokenizer, request: Request) -> Iterator[tuple[str, bool]]:
-    """The whole text so far after every token, and whether it is complete."""
-    engine.submit([request])
-    while engine.pending:
-        ended = engine.step()
-        ids = ended[0][1].completion_ids if ended else engine.partials()[0].completion_ids
-        yield tokenizer.decode(ids, skip_special=True), bool(ended)
+class Screen:
+    """An answer as it grows: the thought dimmed (or not at all), the answer, and then what there was to it."""
 
+    def __init__(self, thought: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self.thought, self.clock = thought, clock
+        self.dim, self.plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+        self.content = ""
+        self._began, self._line, self._thinks, self._paths = clock(), False, False, 0
 
-def show(grown: Iterable[tuple[str, bool]], prefilled: str, show_thinking: bool) -> None:
-    """Print an answer as it grows: the thought dimmed (or not at all), then the answer."""
-    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
-    shown = ["", ""]  # of the thought, of the answer
-    if not show_thinking and dim:
-        print(f"{dim}thinking…{plain}", flush=True)
-    for text, complete in grown:
-        for i, part in enumerate(split_thought(text, prefilled, complete)):
-            # a longer text never takes back what a shorter one said
-            fresh = part[len(shown[i]) :]
-            if not fresh or (i == 0 and not show_thinking):
-                continue
-            gap = "\n" if i == 1 and not shown[1] and shown[0] else ""
-            print(gap + (dim + fresh + plain if i == 0 else fresh), end="", flush=True)
-            shown[i] = part
-    print()
+    def show(self, event: Event) -> None:
+        if isinstance(event, Started) and event.route is not None:
+            self._note(f"{event.route['way']}: {event.route['why']}")
+        elif isinstance(event, PathSaid):
+            self._path(event.path)
+        elif isinstance(event, ChoiceSaid) and event.kind == "reasoning":
+            self._think(event.text)
+        elif isinstance(event, ChoiceSaid):
+            self._close()
+            self.content += event.text
+            self._print(event.text)
+        elif isinstance(event, Ended):
+            self._close()
+            self._new_line()
+            self._sum_up(event.summary or {}, event.finish)
 
+    def stopped(self) -> None:
+        self._new_line()
+        self._note("stopped")
 
-def split_thought(text: str, prefilled: str, complete: bool) -> tuple[str, str]:
-    """``text`` as (thought, answer), without the tags.
+    def _path(self, path: int) -> None:
+        """A search is long: say how far it is, where that does not spoil what is read later."""
+        self._paths = max(self._paths, path + 1)
+        if self.dim:
+            self._print(f"\r{self.dim}{self._paths} paths, {self.clock() - self._began:.1f} s{self.plain}")
 
-    While it is not ``complete``, an ending that may become a tag or a character is held back.
-    """
-    begin, end = "<think>", "</think>"
-    if not complete:
-        text = text.rstrip("\ufffd")
-        longest = max((n for n in range(1, len(end)) if text.endswith((begin[:n], end[:n]))), default=0)
-        text = text[: len(text) - longest]
-    if prefilled != begin:
-        if not text.lstrip().startswith(begin):
-            return "", text.strip() if complete else text.lstrip()
-        text = text.lstrip().removeprefix(begin)
-    thought, _, answer = text.partition(end)
-    return thought.lstrip(), answer.lstrip()
+    def _think(self, text: str) -> None:
+        if not self._thinks and self._paths and self.dim:
+            self._new_line()
+        if self.thought:
+            self._print(f"{self.dim}{text}{self.plain}")
+        elif not self._thinks and self.dim:
+            self._note("thinking…")
+        self._thinks = True
+
+    def _close(self) -> None:
+        """The thought is over."""
+        if (self._thinks and self.thought) or self._paths:
+            self._new_line()
+        self._thinks, self._paths = False, 0
+
+    def _sum_up(self, summary: dict[str, Any], finish: str) -> None:
+        for tool in summary.get("tools", ()):
+            self._note(f"{tool['name']}: {tool['input']} → {tool['output']}")
+        thinking, paths = summary.get("thinking", {}), summary.get("paths", {})
+        said = []
+        if thinking.get("tokens"):
+            closed = ", closed by its budget" if thinking["forced"] else ""
+            said.append(f"thought {thinking['tokens']} tokens, {thinking['seconds']:.1f} s{closed}")
+        listed = paths.get("list", ())
+        if len(listed) > 1:
+            best = listed[paths["chosen"]]
+            weight = ""
+            if best["votes"] is not None:
+                weight = f", {best['votes']} {'vote' if best['votes'] == 1 else 'votes'}"
+            elif best["score"] is not None:
+                weight = f", score {best['score']:.3g}"
+            said.append(f"path {paths['chosen'] + 1} of {len(listed)}{weight}, {paths['tokens']} tokens")
+        if finish == "length":
+            said.append("cut off: it had no more tokens")
+        if said:
+            self._note("; ".join(said))
+
+    def _note(self, text: str) -> None:
+        self._new_line()
+        if self.dim:
+            print(f"{self.dim}[{text}]{self.plain}", flush=True)
+        else:  # not among what is read by others
+            print(f"[{text}]", file=sys.stderr, flush=True)
+
+    def _print(self, text: str) -> None:
+        print(text, end="", flush=True)
+        self._line = not text.endswith("\n")
+
+    def _new_line(self) -> None:
+        if self._line:
+            print(flush=True)
+        self._line = False

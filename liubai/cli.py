@@ -17,6 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from liubai import __version__
+from liubai.commands.attention import attention
+from liubai.commands.chat import chat
+from liubai.commands.serve import serve
+from liubai.commands.whitebox import whitebox
 from liubai.errors import UserError
 from liubai.model.config import Dtype
 
@@ -232,10 +236,24 @@ def evaluate(
     seed: Seed = 0,
     verifier: Annotated[str, typer.Option(help="Of questions that name none.")] = "math",
     device: Device = "auto",
+    paths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND[:N]",
+            help="Several paths to each answer: greedy, sample, beam:4, vote:8, best:8, tree:16.",
+        ),
+    ] = None,
+    judge: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="A reward or process model for best and tree; may be repeated."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """How often is a checkpoint right, in one try and in several?"""
     checkpoint = _checkpoint_folder(checkpoint)
+    from liubai.stages.by_paths import way_of
+
+    way = way_of(paths, judge or [])
     from liubai.measure.readiness import require_ready
     from liubai.problems.questions import Questions
     from liubai.problems.rows import is_rows
@@ -258,6 +276,7 @@ def evaluate(
             seed=seed,
             progress=None if as_json else progress,
             compute=_compute(device),
+            way=way,
         )
     result = {"problems": problems, **result}
     print(json.dumps(result, ensure_ascii=False) if as_json else _table(result))
@@ -332,14 +351,19 @@ def grade(
         list[str] | None,
         typer.Option(metavar="FILE.py:FUNCTION", help="A checker of your own that lines may name."),
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say in words, English and Chinese, what each score is for.")
+    ] = False,
 ) -> None:
     """Judge answers: lines {"verifier", "gold", "response", "meta"?} in, one verdict a line out.
 
-    Verifiers: math, number, exact, choice, regex, json, logic, code, judge, countdown, or a checker of your
-    own. A line: {"verifier": "number", "gold": "5", "response": "<think>2+3</think> <answer>5</answer>"}
+    Verifiers: math, number, exact, choice, regex, json, logic, code, judge, verse, sonnet, countdown, or a
+    checker of your own.
+    A line: {"verifier": "number", "gold": "5", "response": "<think>2+3</think> <answer>5</answer>"}
     """
     from liubai.grade import grade_lines
     from liubai.grade.answers import read_answers
+    from liubai.grade.explain import explain as explained
     from liubai.stages.view import progress_bar
 
     # every line is read before the first is judged: a bad file must not give half an answer
@@ -353,7 +377,13 @@ def grade(
             }
             if verdict.error:
                 line["error"] = verdict.error
+            words = explained(items[done - 1], verdict) if explain else []
+            if words and not sys.stdout.isatty():
+                line["explanation"] = {"en": [en for en, _ in words], "zh": [zh for _, zh in words]}
             print(json.dumps(line, ensure_ascii=False))
+            if sys.stdout.isatty():  # for a person: below the verdict, and not in it
+                for sentence in words:
+                    print("".join(f"    {text}\n" for text in sentence), end="")
             if progress:
                 progress(done, len(items))
 
@@ -375,20 +405,10 @@ def report(
         print(f"figure: {save_figure(run, png)}")
 
 
-@app.command(epilog="Example: liubai chat runs/zero/3-zero/checkpoint --no-show-thinking")
-def chat(
-    checkpoint: Checkpoint,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.6,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 1024,
-    show_thinking: Annotated[bool, typer.Option(help="Show the thought, dimmed.")] = True,
-    seed: Seed = 0,
-    device: Device = "auto",
-) -> None:
-    """Ask a checkpoint questions; every question stands alone. Ctrl-D or Ctrl-C leaves."""
-    checkpoint = _checkpoint_folder(checkpoint)
-    from liubai.chat import talk
-
-    talk(checkpoint, _compute(device), temperature, max_tokens, seed, show_thinking)
+app.command(epilog="Example: liubai chat runs/zero/3-zero/checkpoint --no-show-thinking")(chat)
+app.command(epilog="Example: liubai serve runs/r1/16-r1/checkpoint --port 8000")(serve)
+app.command(epilog="Example: liubai attention runs/zero/3-zero/checkpoint --problems countdown")(attention)
+app.command(epilog="Example: liubai whitebox runs/crate/5-crate/checkpoint --problems countdown")(whitebox)
 
 
 def main() -> int:

@@ -294,8 +294,8 @@ def test_grade_reads_stdin(liubai_: Any, graded: list[Any], monkeypatch: pytest.
         ),
         (
             json.dumps({**GOOD, "verifier": "wxyz"}),
-            "x.jsonl:3: there is no verifier 'wxyz'; valid: choice, code, exact, json, judge, logic, math, "
-            "number, regex. Your own is",
+            "x.jsonl:3: there is no verifier 'wxyz'; valid: choice, code, exact, faithful, json, judge, "
+            "logic, math, number, regex, sonnet, verse. Your own is",
         ),
         (json.dumps({**GOOD, "meta": [1]}), "x.jsonl:3: 'meta' must be an object, not [1]"),
         (

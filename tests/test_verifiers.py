@@ -31,6 +31,22 @@ def test_known_case(case: dict[str, Any]) -> None:
 
 # --- attacks: none may be correct -----------------------------------------------------------------
 
+SONNET = """\
+The evening lays its shadow on the hill
+And every window keeps a little light;
+The river, having turned the final mill,
+Goes down to meet the ocean and the night.
+A farmer calls his cattle from the field,
+A mother sings beside a narrow bed,
+And all the gardens of the village yield
+The scent of summer and of rising bread.
+I walk the road that I have always known
+And count the stars above the chapel wall;
+No traveller is ever quite alone
+Who hears the distant water gently fall.
+So let the darkness gather and descend:
+The longest road is shorter with a friend."""
+
 PROBLEMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # verifier: gold, question, meta
     "countdown": ("3 4 5 ->35", "3 4 5 ->35", {}),
     "number": ("3.8", "3.11 or 3.8", {}),
@@ -40,6 +56,8 @@ PROBLEMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # verifier: gold, ques
     "logic": ("A: knight, B: knave", "A says: B is a knave. B says: A is a knave.", {}),
     "summary": ("anna 3 cups , ben 5 hats", "anna has 3 red cups . ben has 5 blue hats . summarise", {}),
     "errand": ("please greet ben", "please greet ben", {}),
+    "verse": ("五绝", "写一首五绝。", {}),
+    "sonnet": ("shakespeare", "Write a sonnet.", {}),
     "math": ("3\\sqrt{2}", "\\sqrt{18}", {"question": "Simplify $\\sqrt{18}$."}),
     "regex": ("[Pp]aris", "What is the capital of France?", {}),
 }
@@ -53,6 +71,8 @@ RIGHT = {
     "logic": "A: knight, B: knave",
     "summary": "anna 3 cups , ben 5 hats",
     "errand": "gladly hello ben",
+    "verse": "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。",
+    "sonnet": SONNET,
     "math": "3\\sqrt{2}",
     "regex": "Paris",
 }
@@ -65,6 +85,8 @@ OPTIONS = {
     "logic": ["A: knight, B: knave", "A: knave, B: knight", "A: knight, B: knight", "A: knave, B: knave"],
     "summary": ["anna 3 cups , ben 5 hats", "anna 5 cups , ben 3 hats"],
     "errand": ["gladly hello ben", "sorry cannot", "gladly hello anna"],
+    "verse": [RIGHT["verse"], "绿蚁新醅酒，红泥小火炉。晚来天欲雪，能饮一杯无。"],
+    "sonnet": [SONNET, "\n".join(SONNET.splitlines()[::-1])],
     "math": ["3\\sqrt{2}", "2\\sqrt{3}", "6"],
     "regex": ["Paris", "Rome"],
 }

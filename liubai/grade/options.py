@@ -16,12 +16,15 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "countdown": (),
     "errand": (),
     "exact": (),
+    "faithful": ("covers", "words"),
     "json": ("ordered", "subset"),
     "logic": ("kind", "max_signs"),
     "math": ("compute", "tolerance"),
     "number": ("tolerance", "unit"),
     "regex": ("ignore_case",),
+    "sonnet": ("rhyme",),
     "summary": (),
+    "verse": ("rhyme",),
 }
 #: what a meta may say whoever judges
 ANYWHERE = frozenset({"prefilled", "question"})

@@ -26,7 +26,7 @@ import secrets
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,15 +117,31 @@ def judge(gold: str, answer: str, meta: Mapping[str, Any]) -> bool:
 
 def verdict(endpoint: Endpoint, question: str, one: str, two: str, deadline: float) -> str:
     """``SAME`` or ``DIFFERENT``, from the cache or the endpoint. ``deadline`` as of ``time.monotonic``."""
-    place = _cache_place(endpoint, _prompt(question, one, two, "nonce"))
-    known = _cached(place)
+    return decided(
+        endpoint, _SYSTEM, lambda nonce: _prompt(question, one, two, nonce), (SAME, DIFFERENT), deadline
+    )
+
+
+def decided(
+    endpoint: Endpoint,
+    system: str,
+    prompt: Callable[[str], str],
+    words: Sequence[str],
+    deadline: float,
+    before: Callable[[], None] = lambda: None,
+) -> str:
+    """One of ``words``, from the cache or the endpoint. ``prompt`` gets the random word of a call; ``before``
+    is called before each, and may raise to forbid it. Raises ``RuntimeError`` when there is none in time."""
+    place = _cache_place(endpoint, system, prompt("nonce"))
+    known = _cached(place, words)
     if known is not None:
         return known
     pause = FIRST_PAUSE_S
     while True:
         nonce = secrets.token_hex(8)
+        before()
         try:
-            said = _verdict_in(_complete(endpoint, _prompt(question, one, two, nonce), deadline), nonce)
+            said = _verdict_in(_complete(endpoint, system, prompt(nonce), deadline), nonce, words)
         except _FailedError as failed:
             if time.monotonic() + pause >= deadline:
                 raise RuntimeError(f"the judge gave no verdict in time; at last: {failed}") from failed
@@ -141,25 +157,23 @@ def _prompt(question: str, one: str, two: str, nonce: str) -> str:
     return _ASK.format(question=json.dumps(question, ensure_ascii=False), nonce=nonce, **quoted)
 
 
-def _verdict_in(reply: str, nonce: str) -> str:
+def _verdict_in(reply: str, nonce: str, words: Sequence[str]) -> str:
     """The verdict in the last line. Raises :class:`_FailedError` for every other last line."""
     lines = reply.strip().splitlines()
-    match = (
-        re.fullmatch(rf"\W*VERDICT: {nonce} ({SAME}|{DIFFERENT})\W*", lines[-1].strip()) if lines else None
-    )
+    match = re.fullmatch(rf"\W*VERDICT: {nonce} ({'|'.join(words)})\W*", lines[-1].strip()) if lines else None
     if match is None:
         raise _FailedError("its last line was not the verdict that was asked for")
     return match[1]
 
 
-def _complete(endpoint: Endpoint, prompt: str, deadline: float) -> str:
+def _complete(endpoint: Endpoint, system: str, prompt: str, deadline: float) -> str:
     """One request. Raises :class:`_FailedError` where trying again may help, else ``RuntimeError``."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise _FailedError("there was no time left")
     body = {
         "model": endpoint.model,
-        "messages": [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": prompt}],
+        "messages": [{"role": "system", "content": system}, {"role": "user", "content": prompt}],
         "temperature": 0,
         "max_tokens": MAX_TOKENS,
     }
@@ -188,19 +202,19 @@ def _complete(endpoint: Endpoint, prompt: str, deadline: float) -> str:
 # --- verdicts that are known ----------------------------------------------------------------------
 
 
-def _cache_place(endpoint: Endpoint, prompt: str) -> Path:
+def _cache_place(endpoint: Endpoint, system: str, prompt: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    content = json.dumps([endpoint.url, endpoint.model, _SYSTEM, prompt])
+    content = json.dumps([endpoint.url, endpoint.model, system, prompt])
     digest = hashlib.sha256(content.encode()).hexdigest()
     return base / "liubai" / "judge" / digest[:2] / f"{digest[2:]}.json"
 
 
-def _cached(place: Path) -> str | None:
+def _cached(place: Path, words: Sequence[str]) -> str | None:
     try:
         said = read_json(place).get("verdict")
     except (OSError, ValueError):
         return None
-    return str(said) if said in (SAME, DIFFERENT) else None
+    return str(said) if said in words else None
 
 
 def _keep(place: Path, said: str) -> None:

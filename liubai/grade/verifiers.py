@@ -14,8 +14,11 @@ from fractions import Fraction
 from typing import Any
 
 from liubai.grade.arithmetic import RefusedError, parse_expression
+from liubai.grade.faithful import faithful
 from liubai.grade.logic import logic
+from liubai.grade.sonnet import sonnet
 from liubai.grade.structured import json_equal
+from liubai.grade.verse import verse
 from liubai.problems.countdown import parse as parse_countdown
 from liubai.problems.errand import taste
 from liubai.problems.passage import facts_of
@@ -206,7 +209,8 @@ def errand(gold: str, answer: str, meta: Mapping[str, Any]) -> float:
     return taste(gold, answer)
 
 
-#: All bounded: the time for any answer of legal length is far below a millisecond.
+#: All bounded: the time for any answer of legal length is far below a millisecond, but for a sonnet of words
+#: that nobody knows, whose spellings are tried (a hundredth of a second).
 VERIFIERS: dict[str, Verifier] = {
     "countdown": countdown,
     "number": number,
@@ -216,4 +220,7 @@ VERIFIERS: dict[str, Verifier] = {
     "logic": logic,
     "summary": summary,
     "errand": errand,
+    "verse": verse,
+    "sonnet": sonnet,
+    "faithful": faithful,
 }

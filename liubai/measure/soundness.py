@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from liubai.errors import UserError
 from liubai.grade import GradeItem, GraderPool, Verdict, check_verifier
-from liubai.grade.judge import PROGRAMS
+from liubai.grade.judge import NAMED, PROGRAMS
 from liubai.grade.options import check_options
 from liubai.measure.tricks import PROGRAM_TRICKS, TRICKS, answered, fenced
 from liubai.problems.family import Family, Split, distinct_problems
@@ -186,10 +186,12 @@ def _refusal(verifier: str) -> str:
 
 
 def _right(q: Question) -> str | None:
-    """A response that has to be right: gold itself, or where gold is no answer (a program's tests, a pattern)
-    the row's solution."""
+    """A response that has to be right: gold itself, or where gold is no answer (a program's tests, a pattern,
+    a form of verse) the row's solution."""
     if q.problem.verifier in PROGRAMS:
         return fenced(q.solution) if q.solution.strip() else None
+    if q.problem.verifier in NAMED:
+        return answered(q.solution) if q.solution.strip() else None
     if q.solution.strip() and q.problem.verifier == "regex":
         return answered(q.solution)
     if q.problem.verifier == "regex" and re.escape(q.problem.gold) != q.problem.gold:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from liubai.report import attention, whitebox
+from liubai.report import attention, paths, whitebox
 from liubai.report.read import Run
 from liubai.report.section import Section
 
 #: each gives its part, or ``None`` where the recipe did not ask for it
-INSTRUMENTS: tuple[Callable[[Run], Section | None], ...] = (attention.section, whitebox.section)
+INSTRUMENTS: tuple[Callable[[Run], Section | None], ...] = (
+    paths.section,
+    attention.section,
+    whitebox.section,
+)
 
 
 def sections(run: Run) -> list[Section]:

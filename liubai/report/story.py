@@ -56,7 +56,7 @@ def evaluations(run: Run) -> list[Evaluated]:
     found = [
         Evaluated(str((s.result or {}).get("label") or s.parent or s.name), s, s.parent in reinforced)
         for s in run.of_kind("eval")
-        if s.result
+        if s.result and "way" not in s.result  # one more way to ask is not one more checkpoint
     ]
     return found if is_pipeline(found) else sorted(found, key=lambda e: e.after)
 

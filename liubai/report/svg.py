@@ -30,7 +30,8 @@ MOST_POINTS = 400  #: longer curves are averaged in buckets; a chart has no more
 class Line:
     """``ink`` is a colour and ``dash`` a pattern of the style sheet.
 
-    ``noisy`` draws the points faintly with their moving mean on top; ``dots`` marks each point.
+    ``noisy`` draws the points faintly with their moving mean on top; ``dots`` marks each point; ``errors``
+    are the half-lengths of bars, as many as there are points, or none.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Line:
     dash: int = 0
     noisy: bool = False
     dots: bool = False
+    errors: Sequence[float] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,15 @@ def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float, most: int = 9) -> list[float]:
+    """Powers of two inside [low, high]; powers of ten where those are more than ``most``, or long to say."""
+    twos = [2.0**i for i in range(130) if low <= 2**i <= high]
+    tens = [10.0**i for i in range(-12, 40) if low <= 10.0**i <= high]
+    if twos and len(twos) <= most and twos[-1] < 1e4:
+        return twos
+    return tens or twos[:most] or [low]
 
 
 def tick_text(value: float, ticks: Sequence[float], percent: bool = False) -> str:
@@ -151,6 +162,7 @@ def _draw(chart: Chart) -> Markup:
         return Markup('<p class="none">Nothing was measured.</p>')
     xs = [x for line in lines for x, _ in line.curve.known]
     ys = [y for line in lines for _, y in _shown(line).known]
+    ys += [y + sign * error for line in lines for _, y, error in _barred(line) for sign in (-1, 1)]
     x_low, x_high = (-0.5, len(chart.x_names) - 0.5) if chart.x_names else (min(xs), max(xs))
     reach = [*ys, 0.0] if chart.zero else ys
     y_ticks = nice_ticks(min(reach), max(reach))
@@ -173,7 +185,7 @@ def _draw(chart: Chart) -> Markup:
 
     out = [_axes(chart, x_low, x_high, y_ticks, px, py)]
     out += [_mark(mark, i, px) for i, mark in enumerate(chart.marks)]
-    out += [_path(line, px, py) for line in lines]
+    out += [_bars(line, px, py) + _path(line, px, py) for line in lines]
     label = f"{chart.title}: {chart.y_label} over {chart.x_label}"
     data = escape(json.dumps(_hover(chart, lines, px), ensure_ascii=False, separators=(",", ":")))
     return Markup(
@@ -203,7 +215,7 @@ def _axes(chart: Chart, x_low: float, x_high: float, y_ticks: list[float], px: S
         text = tick_text(t, y_ticks, chart.percent)
         out.append(f'<text class="tick" text-anchor="end" x="{LEFT - 7}" y="{y + 4:.1f}">{text}</text>')
     if chart.log_x:
-        ticks = [2.0**i for i in range(40) if x_low <= 2**i <= x_high] or [x_low]
+        ticks = log_ticks(x_low, x_high)
     else:
         ticks = [t for t in nice_ticks(x_low, x_high, 5) if x_low - 1e-9 <= t <= x_high + 1e-9]
         if chart.x_label == "step":  # a short run must not show half steps
@@ -211,7 +223,8 @@ def _axes(chart: Chart, x_low: float, x_high: float, y_ticks: list[float], px: S
         ticks = [x_low] if x_low == x_high else ticks
     names = dict(enumerate(shortened(chart.x_names)))
     for t in names or ticks:
-        text = escape(names[int(t)]) if names else tick_text(t, ticks)
+        # on a logarithmic scale each tick has decimals of its own
+        text = escape(names[int(t)]) if names else tick_text(t, [t, 2 * t] if chart.log_x else ticks)
         y = HEIGHT - BOTTOM + 17
         out.append(f'<text class="tick" text-anchor="middle" x="{px(t):.1f}" y="{y}">{text}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
@@ -230,6 +243,19 @@ def _mark(mark: Mark, row: int, px: Scale) -> str:
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y + 4}" y2="{HEIGHT - BOTTOM}"/>'
         f'<text text-anchor="{anchor}" x="{x + dx:.1f}" y="{y}">{escape(mark.label)}</text></g>'
     )
+
+
+def _barred(line: Line) -> list[tuple[float, float, float]]:
+    """(x, y, error) of each point that has an error."""
+    points = zip(line.curve.xs, line.curve.ys, line.errors, strict=True) if line.errors else ()
+    return [(x, y, error) for x, y, error in points if y is not None and math.isfinite(error)]
+
+
+def _bars(line: Line, px: Scale, py: Scale) -> str:
+    """From one error below to one above, under the line."""
+    strokes = (f"M{px(x):.1f} {py(y - error):.1f}V{py(y + error):.1f}" for x, y, error in _barred(line))
+    path = "".join(strokes)
+    return f'<path class="raw bars ink{line.ink}" d="{path}"/>' if path else ""
 
 
 def _path(line: Line, px: Scale, py: Scale) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -30,7 +30,9 @@ class StaleWeights(Exception):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One answer to write. ``seed`` alone decides its random numbers, wherever and with whomever it
-    is batched. ``temperature`` 0 is greedy; ``top_p`` < 1 is for evaluation and serving only."""
+    is batched. ``temperature`` 0 is greedy. For evaluation and serving only: ``top_p`` < 1; ``stop_ids``,
+    which end this answer as the model's own end tokens do; ``alternatives``, the likeliest so many tokens at
+    each place, which :meth:`Engine.fresh` gives."""
 
     id: int
     prompt_ids: tuple[int, ...]
@@ -38,6 +40,8 @@ class Request:
     seed: int
     temperature: float = 1.0
     top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    alternatives: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -46,6 +50,8 @@ class Request:
             raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError("temperature must be ≥ 0 and top_p in (0, 1]")
+        if self.alternatives < 0:
+            raise ValueError(f"alternatives must be at least 0, not {self.alternatives}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +64,18 @@ class Partial:
     versions: tuple[Span, ...] = ()
 
 
+class Fresh(NamedTuple):
+    """A token that the last step wrote for request ``id``. ``alternatives`` are the likeliest (token,
+    log-probability) of the full distribution at the sampling temperature, best first."""
+
+    id: int
+    token: int
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
 class Engine(Protocol):
-    """Continuous batching behind five calls."""
+    """Continuous batching behind a few calls."""
 
     @property
     def version(self) -> int:
@@ -80,6 +96,13 @@ class Engine(Protocol):
 
     def abort(self) -> list[tuple[Request, Sample]]:
         """Withdraw everything pending; what was begun comes back with ``Stop.ABORT``."""
+
+    def cancel(self, ids: Iterable[int]) -> list[tuple[Request, Sample]]:
+        """Withdraw the pending requests of these ids, waiting or begun, and let go of their slots; what was
+        begun comes back with ``Stop.ABORT``. Ids that are not pending are passed over."""
+
+    def fresh(self) -> list[Fresh]:
+        """What the last step wrote, a token for every answer that it advanced or ended."""
 
     def partials(self) -> list[Partial]:
         """The pending requests in order, begun ones first."""

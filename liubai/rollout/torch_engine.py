@@ -18,7 +18,7 @@ from torch import Tensor
 from liubai.model.matmul import onednn_takes
 from liubai.model.transformer import Attend, Transformer, causal
 from liubai.rollout.cache import BandedCache
-from liubai.rollout.engine import Partial, Request, StaleWeights
+from liubai.rollout.engine import Fresh, Partial, Request, StaleWeights
 from liubai.rollout.sampling import sample, uniform
 from liubai.types import Sample, Span, Stop
 
@@ -33,16 +33,25 @@ class TorchEngine:
     """See :class:`liubai.rollout.engine.Engine`. ``model`` may be the trainer's own: then ``load`` copies
     nothing, and is still how the engine learns that the weights have changed.
 
-    ``slots`` answers are written at once; ``max_length`` bounds prompt + completion.
+    ``slots`` answers are written at once; ``max_length`` bounds prompt + completion. Waiting requests are let
+    in when ``lot`` slots are free, a sixteenth of them unless told otherwise, or nobody writes; it may be
+    changed between steps.
     """
 
     def __init__(
-        self, model: Transformer, *, eos_ids: Sequence[int], slots: int = 256, max_length: int = 1024
+        self,
+        model: Transformer,
+        *,
+        eos_ids: Sequence[int],
+        slots: int = 256,
+        max_length: int = 1024,
+        lot: int | None = None,
     ) -> None:
         self.model = model
         parameter = next(model.parameters())
         self.device = device = parameter.device
         self.slots, self.max_length = slots, max_length
+        self.lot = lot or max(1, slots // 16)
         self._round = ROUND if onednn_takes(model.head_weight) else 1
         self._version = -1
         self._eos = torch.tensor(sorted(eos_ids), device=device)
@@ -65,6 +74,14 @@ class TorchEngine:
         self._top_p = zeros(slots, dtype=torch.float32)
         self._ids = zeros(slots, max_length)
         self._logprobs = zeros(slots, max_length, dtype=torch.float32)
+        # what only some requests ask for: nothing is computed while these are empty
+        self._stopping: set[int] = set()  # slots whose request has end tokens of its own
+        self._stop_ids = zeros(slots, 0)  # -1 where there are fewer
+        self._curious: dict[int, int] = {}  # slot -> alternatives wanted
+        # the last step: slots, tokens, log-probabilities; whose slots were let go since; alternatives by row
+        self._wrote: tuple[Tensor, Tensor, Tensor] | None = None
+        self._left: dict[int, int] = {}
+        self._likeliest: dict[int, tuple[tuple[int, float], ...]] = {}
 
     @property
     def version(self) -> int:
@@ -73,6 +90,11 @@ class TorchEngine:
     @property
     def pending(self) -> int:
         return len(self._order) + len(self._queue)
+
+    @property
+    def in_use(self) -> int:
+        """Slots in which an answer is being written."""
+        return len(self._order)
 
     def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Copy new weights in. Unfinished answers go on: what they said so far is read again under
@@ -110,19 +132,36 @@ class TorchEngine:
         partials = self.partials()
         self._queue.clear()
         self._empty()
-        return [
-            (p.request, Sample(p.request.prompt_ids, p.completion_ids, p.logprobs, Stop.ABORT, p.versions))
-            for p in partials
-            if p.completion_ids
-        ]
+        return [_ended(p, Stop.ABORT) for p in partials if p.completion_ids]
+
+    @torch.inference_mode()
+    def cancel(self, ids: Iterable[int]) -> list[tuple[Request, Sample]]:
+        unwanted = set(ids)
+        slots = [slot for slot in self._order if self._request(slot).id in unwanted]
+        gone = self._take_out(slots) + [p for p in self._queue if p.request.id in unwanted]
+        self._queue = deque(p for p in self._queue if p.request.id not in unwanted)
+        return [_ended(p, Stop.ABORT) for p in gone if p.completion_ids]
+
+    def fresh(self) -> list[Fresh]:
+        if self._wrote is None:
+            return []
+        slots, ids, logprobs = (column.tolist() for column in self._wrote)
+        owners = [self._left[s] if s in self._left else self._request(s).id for s in slots]
+        if not self._likeliest:
+            return [Fresh(*token) for token in zip(owners, ids, logprobs, strict=True)]
+        rows = zip(owners, ids, logprobs, strict=True)
+        return [Fresh(*token, self._likeliest.get(row, ())) for row, token in enumerate(rows)]
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, Sample]]:
         if self._version < 0:
             raise StaleWeights("the engine has no weights yet: call load first")
+        self._wrote = None
+        self._left.clear()
+        self._likeliest.clear()
         # Refilling in small lots amortises the prefill; an idle slot costs nothing meanwhile,
         # because only live rows are in the batch.
-        if self._queue and (len(self._free) >= max(1, self.slots // 16) or not self._order):
+        if self._queue and (len(self._free) >= self.lot or not self._order):
             self._refill()
         if not self._order:
             return []
@@ -134,8 +173,11 @@ class TorchEngine:
         hidden = self.model.hidden(self._last[padded], self._length[padded], attend)
         count = self._count[slots]
         top_p = self._top_p[slots]
+        logits = self.model.head(hidden)[: len(slots)]
+        if self._curious:  # before ``sample``, which may work in place
+            self._look(logits, slots.tolist())
         ids, logprobs = sample(
-            self.model.head(hidden)[: len(slots)],
+            logits,
             uniform(self._seed[slots], count),
             self._temperature[slots],
             top_p if bool((top_p < 1).any()) else None,
@@ -145,38 +187,71 @@ class TorchEngine:
         self._last[slots] = ids
         self._length[slots] = length_S + 1
         self._count[slots] = count + 1
+        self._wrote = slots, ids, logprobs
         ended_by_eos = (ids[:, None] == self._eos).any(1)
+        if self._stopping:
+            ended_by_eos |= (ids[:, None] == self._stop_ids[slots]).any(1)
         over = ended_by_eos | (count + 1 >= self._budget[slots])
         finished = self._finish(slots[over].tolist(), ended_by_eos[over].tolist())
         self._cache.promote(self._length)
         return finished
 
     def _finish(self, slots: list[int], by_eos: list[bool]) -> list[tuple[Request, Sample]]:
+        partials = self._take_out(slots)
+        return [_ended(p, Stop.EOS if eos else Stop.LENGTH) for p, eos in zip(partials, by_eos, strict=True)]
+
+    def _take_out(self, slots: list[int]) -> list[Partial]:
+        """What stands in these slots, which are let go of."""
         if not slots:
             return []
         gone = torch.zeros(self.slots, dtype=torch.bool, device=self.device)
         gone[slots] = True
         self._cache.remove(gone)
-        finished = []
-        for slot, eos in zip(slots, by_eos, strict=True):
-            p = self._partial(slot)
-            stop = Stop.EOS if eos else Stop.LENGTH
-            finished.append(
-                (p.request, Sample(p.request.prompt_ids, p.completion_ids, p.logprobs, stop, p.versions))
-            )
+        partials = []
+        for slot in slots:
+            partials.append(self._partial(slot))
             self._release(slot)
-        return finished
+        return partials
 
     def _release(self, slot: int) -> None:
+        self._left[slot] = self._request(slot).id
         self._requests[slot] = None
         self._spans[slot] = []
         self._free.append(slot)
         del self._order[slot]
+        self._curious.pop(slot, None)
+        self._stopping.discard(slot)
 
-    def _partial(self, slot: int) -> Partial:
+    def _request(self, slot: int) -> Request:
         request = self._requests[slot]
         assert request is not None
-        n = int(self._count[slot])
+        return request
+
+    def _look(self, logits_SV: Tensor, slots: list[int]) -> None:
+        """The likeliest tokens in the rows of those who asked. As many as each asked for, by itself: which of
+        two equals comes first must not depend on a neighbour."""
+        rows = {row: self._curious[slot] for row, slot in enumerate(slots) if slot in self._curious}
+        for count in set(rows.values()):
+            mine = [row for row, wanted in rows.items() if wanted == count]
+            scale_M = self._temperature[[slots[row] for row in mine]]
+            scale_M = torch.where(scale_M == 0, 1.0, scale_M)
+            logprobs_MV = torch.log_softmax(logits_SV[mine].float() / scale_M[:, None], dim=-1)
+            best = logprobs_MV.topk(min(count, logits_SV.shape[1]))
+            for row, ids, logprobs in zip(mine, best.indices.tolist(), best.values.tolist(), strict=True):
+                self._likeliest[row] = tuple(zip(ids, logprobs, strict=True))
+
+    def _also_stop(self, slot: int, ids: Sequence[int]) -> None:
+        if self._stop_ids.shape[1] < len(ids):
+            wider = torch.full((self.slots, len(ids)), -1, dtype=torch.long, device=self.device)
+            wider[:, : self._stop_ids.shape[1]] = self._stop_ids
+            self._stop_ids = wider
+        self._stop_ids[slot] = -1
+        if ids:
+            self._stop_ids[slot, : len(ids)] = torch.tensor(ids, device=self.device)
+            self._stopping.add(slot)
+
+    def _partial(self, slot: int) -> Partial:
+        request, n = self._request(slot), int(self._count[slot])
         spans = self._spans[slot]
         fresh = n - sum(span.count for span in spans)
         if fresh and spans and spans[-1].version == self._version:  # resumed under the same weights
@@ -210,6 +285,10 @@ class TorchEngine:
             self._length[slot] = len(r.prompt_ids) + n - 1
             self._count[slot], self._budget[slot], self._seed[slot] = n, r.max_tokens, r.seed
             self._temperature[slot], self._top_p[slot] = r.temperature, r.top_p
+            if r.alternatives:
+                self._curious[slot] = r.alternatives
+            if r.stop_ids or self._stop_ids.numel():  # those of whoever had the slot before must go
+                self._also_stop(slot, r.stop_ids)
             if n:
                 self._ids[slot, :n] = torch.tensor(p.completion_ids, device=self.device)
                 self._logprobs[slot, :n] = torch.tensor(p.logprobs, device=self.device)
@@ -247,6 +326,11 @@ class TorchEngine:
 
         self.model.hidden(ids_BT, torch.arange(T, device=self.device).expand_as(ids_BT), attend)
         return keys, values
+
+
+def _ended(partial: Partial, stop: Stop) -> tuple[Request, Sample]:
+    p = partial
+    return p.request, Sample(p.request.prompt_ids, p.completion_ids, p.logprobs, stop, p.versions)
 
 
 def _chunks(texts: Sequence[tuple[int, ...]]) -> Iterable[list[tuple[int, ...]]]:

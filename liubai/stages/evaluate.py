@@ -1,14 +1,18 @@
-"""Evaluation: sample answers to held-out problems and measure them. A stage, and a library call."""
+"""Evaluation: sample answers to held-out problems and measure them. A stage, and a library call.
+
+With ``paths``, each answer is what several paths came to (:mod:`liubai.rollout.paths`), and what they cost in
+tokens is measured, too.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from liubai.errors import UserError
 from liubai.files import read_json, write_json
@@ -25,8 +29,12 @@ from liubai.problems.family import distinct_problems
 from liubai.problems.questions import Questions
 from liubai.problems.source import Bank
 from liubai.rollout.engine import Engine, Request
+from liubai.rollout.local import LocalWriter
+from liubai.rollout.paths import PathsConfig
+from liubai.rollout.thinking import Spent
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive
+from liubai.stages.by_paths import Way, answers_by, described, judges_given, judges_of
 from liubai.stages.config import Brought, Compute, FamilyName, Shares
 from liubai.stages.context import WARNINGS, Context
 from liubai.stages.rollouts import thought, without_blank
@@ -37,6 +45,9 @@ Progress = Callable[[int, int], None]
 COMPUTE = Compute()
 #: What each answer was worth, by problem: for comparing with another evaluation.
 SCORES = "scores.json"
+#: What says how to answer, and is left out of the config's own words where it says nothing: evaluations
+#: that were made without it keep their fingerprints.
+WAY = {"paths": None, "thinking_budget": None, "think_at_least": 0}
 #: Verifiers of prompts that no rule of reasoning judges.
 GENERAL = ("errand", "judge")
 
@@ -54,6 +65,22 @@ class Config(Brought, Compute):
     blank: bool = True
     #: what counts as a readable thought
     readable: ReadableConfig = ReadableConfig()
+    #: several paths to each answer: a table, or "vote:8"; a tree and "best" take their judge from ``from``
+    paths: PathsConfig | None = None
+    thinking_budget: int | None = Field(None, ge=0, description="the longest thought, in tokens")
+    think_at_least: int = Field(0, ge=0, description="the shortest; a sooner end becomes 'wait'")
+
+    @model_serializer(mode="wrap")
+    def _without_what_says_nothing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return {key: value for key, value in written.items() if key not in WAY or value != WAY[key]}
+
+    @property
+    def way(self) -> Way | None:
+        """How to answer, where it is not one plain draw."""
+        if self.paths is None and self.thinking_budget is None and not self.think_at_least:
+            return None
+        return Way(self.paths or PathsConfig(), self.thinking_budget, self.think_at_least)
 
     def families(self) -> Iterable[str]:
         return (self.problems,) if isinstance(self.problems, str) else self.problems
@@ -61,12 +88,15 @@ class Config(Brought, Compute):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Answers by problem: ``samples[i][j]`` is the j-th answer to ``problems[i]``."""
+    """Answers by problem: ``samples[i][j]`` is the j-th answer to ``problems[i]``. Of paths, it is the answer
+    that was chosen; what they cost is ``spent[i][j]``, and all of it took so many ``seconds``."""
 
     problems: Sequence[Problem]
     samples: list[list[Sample]]
     responses: list[list[str]]
     verdicts: list[list[Verdict]]
+    spent: list[list[Spent]] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def correct(self) -> list[list[bool]]:
@@ -79,8 +109,9 @@ class Evaluation:
     def of(self, family: str) -> Evaluation:
         """The part on the problems of one family."""
         at = [i for i, problem in enumerate(self.problems) if problem.family == family]
-        lists = (self.problems, self.samples, self.responses, self.verdicts)
-        return Evaluation(*([each[i] for i in at] for each in lists))  # type: ignore[arg-type]
+        lists = (self.problems, self.samples, self.responses, self.verdicts, self.spent or self.samples)
+        part = Evaluation(*([each[i] for i in at] for each in lists))  # type: ignore[arg-type]
+        return part if self.spent else replace(part, spent=[])
 
     @property
     def scores(self) -> list[list[float]]:
@@ -139,6 +170,21 @@ class Evaluation:
             "samples": k,
             "pass@k": {str(n): p for n, p in pass_curve(self.correct, ks).items()},
             "stderr": clustered_stderr(self.correct) if len(self.problems) > 1 else None,
+            **self.costs(),
+        }
+
+    def costs(self) -> dict[str, float]:
+        """What an answer by paths cost: tokens that were written for it, read as prompts (anew by every
+        request), and read by judges; and its share of the time."""
+        spent = [s for row in self.spent for s in row]
+        if not spent:
+            return {}
+        seconds = {"seconds": self.seconds / len(spent)} if self.seconds else {}
+        return {
+            "tokens_spent": _mean([s.written for s in spent]),
+            "tokens_read": _mean([s.read for s in spent]),
+            "tokens_judged": _mean([s.judged for s in spent]),
+            **seconds,
         }
 
     def as_metrics(self) -> dict[str, float]:
@@ -188,12 +234,18 @@ def evaluate(
         done.update((request.id, sample) for request, sample in finished)
         if progress and finished:
             progress(len(done), len(requests))
-    prefilled = template.prefilled
-    responses = [text_of(template, done[r.id]) for r in requests]
+    return graded(template, problems, _rows([done[r.id] for r in requests], samples), pool)
+
+
+def graded(
+    template: Template, problems: Sequence[Problem], samples: list[list[Sample]], pool: GraderPool | None
+) -> Evaluation:
+    """``samples[i]`` are the answers to ``problems[i]``, as many for each."""
+    responses = [text_of(template, sample) for row in samples for sample in row]
+    asked = [problem for problem, row in zip(problems, samples, strict=True) for _ in row]
     items = [
-        GradeItem(p.verifier, p.gold, responses[i * samples + j], {**p.meta, "prefilled": prefilled})
-        for i, p in enumerate(problems)
-        for j in range(samples)
+        GradeItem(p.verifier, p.gold, response, {**p.meta, "prefilled": template.prefilled})
+        for p, response in zip(asked, responses, strict=True)
     ]
     if pool and not all(is_bounded(item.verifier) for item in items):
         verdicts = pool.gather(pool.submit(items))
@@ -201,17 +253,19 @@ def evaluate(
         verdicts = [grade(item) for item in items]
     if not template.thinking:
         verdicts = [without_blank(v, r) for v, r in zip(verdicts, responses, strict=True)]
+    each = len(samples[0])
+    return Evaluation(problems, samples, _rows(responses, each), _rows(verdicts, each))
 
-    def rows(flat: Sequence[Any]) -> list[list[Any]]:
-        return [list(flat[i : i + samples]) for i in range(0, len(flat), samples)]
 
-    return Evaluation(problems, rows([done[r.id] for r in requests]), rows(responses), rows(verdicts))
+def _rows(flat: Sequence[Any], each: int) -> list[list[Any]]:
+    return [list(flat[i : i + each]) for i in range(0, len(flat), each)]
 
 
 def evaluate_checkpoint(**asked: Any) -> dict[str, Any]:
     """What ``liubai eval`` prints, but for the problems' name. What is ``asked``: see :func:`answered`."""
-    result = answered(**asked)
-    return result.summary() | result.process(ReadableConfig())
+    result, way = answered(**asked), asked.get("way")
+    named = {"paths": way.paths.name} if way else {}
+    return named | result.summary() | result.process(ReadableConfig())
 
 
 def answered(
@@ -226,6 +280,7 @@ def answered(
     slots: int = 256,
     thinking: bool = True,
     compute: Compute = COMPUTE,
+    way: Way | None = None,
 ) -> Evaluation:
     """Answers of the checkpoint ``path``. Raises ``UserError`` for a bad one."""
     model, tokenizer = load(path, dtype=compute.dtype(), device=compute.where())
@@ -241,19 +296,23 @@ def answered(
         )
     engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=slots, max_length=longest)
     engine.load(model.state_dict(), version=0)
+    protocol: dict[str, Any] = {
+        "samples": samples,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "progress": progress,
+    }
     with GraderPool() as pool:
-        return evaluate(
-            engine,
-            template,
-            list(problems),
-            samples=samples,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            pool=pool,
-            progress=progress,
-        )
+        if way is None:
+            return evaluate(engine, template, list(problems), pool=pool, **protocol)
+        judges = judges_of(way.judges, problems, compute.where())
+        writer = LocalWriter(engine, eos_ids=tokenizer.eos_ids, judges=judges)
+        outcomes, seconds = answers_by(way, writer, template, list(problems), **protocol)
+        chosen = [[outcome.best.sample for outcome in row] for row in outcomes]
+        spent = [[outcome.spent for outcome in row] for row in outcomes]
+        return replace(graded(template, list(problems), chosen, pool), spent=spent, seconds=seconds)
 
 
 def held_out_of(
@@ -273,6 +332,9 @@ def held_out_of(
 
 def run(config: Config, context: Context) -> None:
     seed = derive(context.seed, "eval")
+    way = config.way
+    if way is not None and way.paths.kind in ("best", "tree"):
+        way = replace(way, judges=judges_given(context))
     result = answered(
         context.parent_checkpoint(config.model),
         held_out_of(config.problems, config.limit, seed, config.questions),
@@ -284,11 +346,14 @@ def run(config: Config, context: Context) -> None:
         slots=config.slots,
         thinking=config.blank,
         compute=config,
+        way=way,
     )
     warn_unjudged((v for row in result.verdicts for v in row), context.warn, context.folder / WARNINGS)
     asked = config.questions.path if config.questions else config.problems
     label = config.label or next(iter(context.inputs), config.model)
     figures: dict[str, Any] = {"label": label, "problems": asked, **result.summary()}
+    if way is not None:
+        figures["way"] = described(way)
     figures |= result.process(config.readable)
     if not isinstance(config.problems, str) and not config.questions:
         parts = {name: result.of(name) for name in config.problems}

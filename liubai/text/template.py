@@ -8,9 +8,11 @@ grader reads the same object, so a prefilled ``<think>`` is never held against t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.ext import Extension
@@ -63,13 +65,30 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class Objection(TemplateError):
+    """What a template itself has against a conversation."""
+
+
 def _refuse(message: str) -> None:
     """``raise_exception`` of a template, which transformers defines, too."""
-    raise TemplateError(message)
+    raise Objection(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it: Jinja's own writes ``<`` as ``\\u003c``, which no model has seen."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 class Template:
-    """``prompt_ids(question)`` and ``prefilled``, for thinking on or off.
+    """``prompt_ids(question)``, ``chat_ids(messages)`` and ``prefilled``, for thinking on or off.
 
     ``prefilled`` is what the template already wrote of the answer: ``""``, ``"<think>"``, or an empty
     thought. Raises ``UserError`` when the template does not parse, does not render, or leaves the question
@@ -83,6 +102,7 @@ class Template:
                 trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
             )
             environment.globals |= {"raise_exception": _refuse, "strftime_now": TODAY.strftime}
+            environment.filters["tojson"] = _tojson
             self._compiled = environment.from_string(source)  # milliseconds: once, not per prompt
         except TemplateError as error:
             raise UserError(f"the chat template does not parse: {error}; {MEND}") from error
@@ -96,9 +116,18 @@ class Template:
 
     def render(self, question: str) -> str:
         """The prompt as text."""
+        return self.render_chat([{"role": "user", "content": question}])
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
+        """The prompt of a conversation, as text. Messages are Hugging Face's: ``role`` and ``content``, of an
+        assistant also ``tool_calls`` and ``reasoning_content``; ``tools`` are OpenAI's functions. Raises
+        ``UserError``, caused by an :class:`Objection` where it is the template that does not want them."""
         try:
             return self._compiled.render(
-                messages=[{"role": "user", "content": question}],
+                messages=messages,
+                tools=tools,
                 add_generation_prompt=True,
                 bos_token=self.tokenizer.bos or "",
                 eos_token=self.tokenizer.eos,
@@ -110,6 +139,22 @@ class Template:
 
     def prompt_ids(self, question: str) -> list[int]:
         return self.tokenizer.encode(self.render(question))
+
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        return self.tokenizer.encode(self.render_chat(messages, tools))
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Does it show the model which functions there are?"""
+        messages = [{"role": "user", "content": "a"}]
+        function = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
+        try:
+            with_tools = self.render_chat(messages, [{"type": "function", "function": function}])
+        except UserError:
+            return False
+        return with_tools != self.render_chat(messages)
 
 
 def template_for(tokenizer: TextTokenizer, folder: Path, *, thinking: bool = True) -> Template:

@@ -1,0 +1,92 @@
+"""Bare completions: a model goes on with a text as it stands. No template, no thought apart, one path a
+choice."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from liubai.rollout.engine import Request
+from liubai.seeds import derive
+from liubai.serve.answering import Choice, Emit, flow, until_enough
+from liubai.serve.asking import LONG, most, top_p
+from liubai.serve.errors import bad
+from liubai.serve.events import ChoiceSaid, Ended, Event, Started, Usage
+from liubai.serve.house import House, Served
+from liubai.serve.schema import CompletionRequest
+from liubai.serve.streams import Speech
+
+
+async def complete(house: House, request: CompletionRequest) -> AsyncGenerator[Event]:
+    """The prompts' continuations as they are; choice ``n·i + j`` is continuation j of prompt i. With ``echo``
+    each begins with its prompt. Raises as :func:`answer`."""
+    served, n = house.find(request.model), request.n or 1
+    if request.echo and request.logprobs is not None:
+        raise bad(
+            "this server has no log-probabilities of prompts; leave 'logprobs' or 'echo' out", "logprobs"
+        )
+    prompts = [await _tokens(served, prompt) for prompt in request.prompts()]
+    if n * len(prompts) > house.limits.answers:
+        raise bad(f"this server writes {house.limits.answers} answers at once at most", "n")
+    seed = secrets.randbits(62) if request.seed is None else request.seed
+    choices = [
+        Choice(
+            i,
+            Speech(
+                served.tokenizer,
+                stops=request.stops(),
+                curious=request.logprobs is not None,
+                behind=prompts[i // n],
+            ),
+        )
+        for i in range(n * len(prompts))
+    ]
+
+    async def one(choice: Choice, emit: Emit) -> None:
+        ids = prompts[choice.index // n]
+        wanted = Request(
+            id=0,
+            prompt_ids=ids,
+            max_tokens=most(served, house.limits.max_tokens, len(ids), request),
+            seed=derive(seed, "choice", choice.index),
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=top_p(request.top_p),
+            alternatives=request.logprobs or 0,
+        )
+        if request.echo:
+            emit(ChoiceSaid(choice.index, "content", served.tokenizer.decode(ids)))
+
+        sample = await until_enough(choice, emit, lambda heard: writer.write(wanted, heard))
+        if sample is not None:
+            choice.stop = sample.stop
+        last = all(other.over for other in choices)
+        usage = Usage(sum(map(len, prompts)), sum(c.tokens for c in choices), 0) if last else None
+        emit(Ended(choice.index, choice.finish, usage))
+
+    for ids in prompts:
+        most(served, house.limits.max_tokens, len(ids), request)
+    with served.room(len(choices)) as writer:
+        yield Started(served, sum(map(len, prompts)))
+        async with aclosing(flow(lambda emit: [one(choice, emit) for choice in choices])) as events:
+            async for event in events:
+                yield event
+
+
+async def _tokens(served: Served, prompt: str | list[int]) -> tuple[int, ...]:
+    """Of a text with what its tokenizer puts in front."""
+    backend = served.tokenizer.backend
+    if isinstance(prompt, list):
+        if max(prompt) >= backend.get_vocab_size(with_added_tokens=True):
+            raise bad("a token of the prompt is not one of the model's", "prompt")
+        return tuple(prompt)
+    if len(prompt) < LONG:
+        ids = backend.encode(prompt).ids
+    else:
+        ids = (await asyncio.to_thread(backend.encode, prompt)).ids
+    if not ids and served.tokenizer.bos_id is not None:
+        ids = [served.tokenizer.bos_id]
+    if not ids:
+        raise bad("the prompt is empty", "prompt")
+    return tuple(ids)

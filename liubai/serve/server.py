@@ -1,0 +1,208 @@
+"""The server as a process: a socket, its models, and a clean end.
+
+SIGTERM or Ctrl-C: nobody new is let in (503), open answers go on for as long as they may and are then told
+that the server stops. Once more: at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from liubai.errors import UserError
+from liubai.serve.app import create_app
+from liubai.serve.guard import LOOPBACK, App
+from liubai.serve.host import Host, HostDied
+from liubai.serve.house import House, Served
+from liubai.serve.limits import Gate, Limits
+from liubai.serve.router import Router
+
+#: Seconds that an idle connection is kept, and that uvicorn waits at the end (we have waited before).
+IDLE_S, LAST_S = 30, 3
+#: Bytes of a request's head.
+HEAD = 32 << 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Door:
+    """Where the server listens and who may come. ``names``: beside this machine's own, what it may be
+    called."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    keys: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.local and not self.keys:
+            raise UserError(
+                f"--host {self.host} opens the server to other machines and needs a key: "
+                "--api-key-file FILE, or LIUBAI_API_KEY in the environment"
+            )
+
+    @property
+    def local(self) -> bool:
+        return self.host in LOOPBACK
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The Host headers that are let in; none: all."""
+        return (*LOOPBACK, *self.names) if self.local or self.names else ()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises ``UserError`` when the address is in use, or is none of this machine's."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise UserError(f"--host '{host}': {error.strerror}") from error
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind(address)
+    except OSError as error:
+        found.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"port {port} is in use; choose another with --port, or --port 0 for a free one"
+            ) from error
+        raise UserError(f"cannot listen at {host}, port {port}: {error.strerror}") from error
+    return found
+
+
+def protocol(limits: Limits) -> type[H11Protocol]:
+    """HTTP/1.1 that does not wait for ever: the head of a request must have come after ``header_s`` seconds,
+    and there are only so many connections."""
+
+    class Patient(H11Protocol):
+        _waiting: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > limits.connections:
+                transport.abort()
+                return
+            self._watch(True)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            # the head of a request has begun to come, or is there
+            self._watch(self.conn.their_state is h11.IDLE)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._watch(False)
+            super().connection_lost(exc)
+
+        def _watch(self, wait: bool) -> None:
+            if not wait and self._waiting is not None:
+                self._waiting.cancel()
+                self._waiting = None
+            elif wait and self._waiting is None:
+                self._waiting = self.loop.call_later(limits.header_s, self.transport.abort)
+
+    return Patient
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with an end of our own. ``ready`` is called when it listens."""
+
+    def __init__(self, app: App, gate: Gate, ready: Callable[[], None] = lambda: None) -> None:
+        config = uvicorn.Config(
+            app,
+            http=protocol(gate.limits),
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=IDLE_S,
+            timeout_graceful_shutdown=LAST_S,
+            h11_max_incomplete_event_size=HEAD,
+            backlog=1024,
+        )
+        super().__init__(config)
+        self.gate, self.ready = gate, ready
+        self.hurried = False
+        self._leaving: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        taken = []
+        for number in signals:
+            with contextlib.suppress(ValueError, RuntimeError):  # only the main thread hears signals
+                loop.add_signal_handler(number, self.leave)
+                taken.append(number)
+        try:
+            yield
+        finally:
+            for number in taken:
+                loop.remove_signal_handler(number)
+
+    def leave(self) -> None:
+        """Let nobody in and wait for those inside; the second time, do not wait."""
+        if self._leaving is not None:
+            self.hurried = True
+            self.gate.end()
+            self.force_exit = True
+            return
+        self._leaving = asyncio.get_running_loop().create_task(self._leave())
+
+    async def _leave(self) -> None:
+        await self.gate.empty(self.gate.limits.grace_s)
+        self.should_exit = True
+
+
+async def serve(
+    hosts: Sequence[Host],
+    door: Door,
+    limits: Limits,
+    *,
+    fast: str | None = None,
+    router: Router | None = None,
+    said: Callable[[str], Any] = print,
+) -> int:
+    """Until it is stopped; the exit code. Raises ``UserError`` for a model that cannot be loaded or an
+    address that cannot be had."""
+    place = listen(door.host, door.port)
+    port = place.getsockname()[1]
+    try:
+        house = House([Served.by(host) for host in hosts], limits, router=router, fast=fast)
+        for host in hosts:
+            said(f"loading {host.name}")
+            try:
+                await host.start()
+            except HostDied as error:
+                raise UserError(f"'{host.name}' could not be started: {error}") from error
+        gate = Gate(limits)
+        app = create_app(house, gate, keys=door.keys, hosts=door.hosts, origins=door.origins)
+        shown = f"[{door.host}]" if ":" in door.host else door.host
+        names = ", ".join(house.models)
+        server = Server(
+            app, gate, lambda: said(f"serving {names} at http://{shown}:{port} (Ctrl-C stops it)")
+        )
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # its lines may quote requests
+        await server.serve([place])
+        return 130 if server.hurried else 0
+    finally:
+        place.close()
+        await asyncio.gather(*(host.stop() for host in hosts), return_exceptions=True)

@@ -1,0 +1,29 @@
+"""Scaling fits over the stages that this one is ``from`` (:mod:`liubai.measure.scaling`)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from liubai.errors import UserError
+from liubai.files import write_json
+from liubai.measure.scaling import DRAWS
+from liubai.measure.scaling_points import of_runs
+from liubai.measure.scaling_verdict import analyse, as_json
+from liubai.seeds import derive
+from liubai.stages.config import StageConfig
+from liubai.stages.context import Context
+
+RESULT = "scaling.json"
+
+
+class Config(StageConfig):
+    draws: int = Field(DRAWS, ge=20, description="bootstrap samples")
+
+
+def run(config: Config, context: Context) -> None:
+    if not context.inputs:
+        raise UserError(f"stage '{context.stage}' reads the stages that its 'from' names, and it names none")
+    points = of_runs([context.folder.parent], context.inputs)
+    found = analyse(points, config.draws, derive(context.seed, "scaling"))
+    write_json(context.folder / RESULT, {"series": [as_json(series) for series in found]})
+    context.log(1, 1, {"series": len(found), "fits": sum(len(series.fits) for series in found)})

@@ -1,0 +1,639 @@
+"""A model in a process of its own: the answers are the engine's, whoever shares the batch, and whatever
+happens to the process happens to it alone. The processes here are real, and so is their killing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from liubai.errors import UserError
+from liubai.model.checkpoint import load, save_checkpoint
+from liubai.model.scorer import save_scorer, scorer_from
+from liubai.problems import FAMILIES
+from liubai.problems.family import CAREFUL, Audited, Habits
+from liubai.rollout.beam import BeamSearch
+from liubai.rollout.engine import Fresh, Request, generate
+from liubai.rollout.torch_engine import TorchEngine
+from liubai.rollout.writer import Piece
+from liubai.seeds import stream
+from liubai.serve import host as host_module
+from liubai.serve.host import Busy, Host, HostDied
+from liubai.serve.inside import LONGEST, REPORT, Outbox, problem_of
+from liubai.serve.load import Moving
+from liubai.serve.wire import NOTE, PIECES, Frames, Pieces, Written, note, pack, unpack
+from liubai.stages.scoring import CALIBRATION, Preference, Process
+from liubai.text.template import BARE
+from liubai.text.tokenizer import word_level
+from liubai.types import Sample, Stop
+
+SLOTS, WAITING = 4, 12
+QUESTION = "make 1 4 3 ->7"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model, and two that judge."""
+    folder = tmp_path_factory.mktemp("served")
+    tokenizer = word_level(FAMILIES["make"].vocabulary)
+    config = tiny_config(
+        vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, bos_token_id=tokenizer.bos_id
+    )
+    model = tiny_model(1, config)
+    save_checkpoint(folder / "model", model, tokenizer, BARE)
+    for i, judge in enumerate(("preference", "process")):
+        scorer = scorer_from(tiny_model(7 + i, config), i)
+        with torch.no_grad():
+            scorer.score.weight *= 8
+        save_scorer(folder / judge, scorer, tokenizer, BARE)
+    (folder / "preference" / CALIBRATION).write_text(json.dumps({"mean": 0.1, "spread": 2.0}))
+    return {path.name: path for path in folder.iterdir()}
+
+
+Run = Callable[[Awaitable[object]], object]
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def host(folders: dict[str, Path], loop: asyncio.Runner) -> Iterator[Host]:
+    found = Host(
+        "tiny",
+        folders["model"],
+        reward_model=folders["preference"],
+        process_model=folders["process"],
+        slots=SLOTS,
+        waiting=WAITING,
+        device="cpu",
+        threads=1,
+    )
+    loop.run(found.start())
+    yield found
+    loop.run(found.stop())
+
+
+@pytest.fixture(scope="module")
+def offline(folders: dict[str, Path]) -> Callable[[list[Request]], list[Sample]]:
+    """What the engine writes in this process."""
+    model, tokenizer = load(folders["model"])
+
+    def write(requests: list[Request]) -> list[Sample]:
+        engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=64, max_length=2048)
+        engine.load(model.state_dict(), 0)
+        return generate(engine, [replace(request, id=i) for i, request in enumerate(requests)])
+
+    return write
+
+
+def ask(seed: int, **options: object) -> Request:
+    """All with the same id: a host tells its answers apart by itself."""
+    given = {"prompt_ids": (5, 6, 7 + seed % 20), "max_tokens": 60, "seed": seed, **options}
+    return Request(id=0, **given)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def long(offline: Callable[[list[Request]], list[Sample]]) -> list[Request]:
+    """Requests whose answers go on for 1500 tokens."""
+    asked = [ask(seed, prompt_ids=(5, seed), max_tokens=1500, temperature=0.0) for seed in range(6, 26)]
+    ends = offline(asked)
+    found = [r for r, s in zip(asked, ends, strict=True) if s.stop is Stop.LENGTH]
+    assert len(found) >= 8
+    return found
+
+
+async def until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline, "it never came to be"
+        await asyncio.sleep(0.005)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def assert_close(got: Sample, wanted: Sample) -> None:
+    assert (got.prompt_ids, got.completion_ids) == (wanted.prompt_ids, wanted.completion_ids)
+    assert (got.stop, got.versions) == (wanted.stop, wanted.versions)
+    assert got.logprobs == pytest.approx(wanted.logprobs, abs=1e-5)
+
+
+# ---- the same answers ----
+
+
+def test_the_answers_are_the_engines_streamed_or_not_alone_or_in_company(
+    host: Host, loop: asyncio.Runner, offline: Callable[[list[Request]], list[Sample]]
+) -> None:
+    requests = [ask(seed, top_p=0.8 if seed % 4 == 3 else 1.0) for seed in range(SLOTS + WAITING)]
+    wanted = offline(requests)
+    assert {s.stop for s in wanted} == {Stop.EOS, Stop.LENGTH}
+    pieces: dict[int, list[Piece]] = {i: [] for i in range(0, len(requests), 2)}
+
+    async def late(i: int) -> Sample:
+        await asyncio.sleep(random.Random(i).random() * 0.05)  # they join and leave mid-flight
+        return await host.write(requests[i], pieces[i].append if i in pieces else None)
+
+    async def company() -> list[Sample]:
+        return await asyncio.gather(*(late(i) for i in range(len(requests))))
+
+    for got, want in zip(loop.run(company()), wanted, strict=True):
+        assert_close(got, want)
+    for i, heard in pieces.items():
+        assert sum((p.ids for p in heard), ()) == wanted[i].completion_ids
+        assert len(heard) > 1 or len(wanted[i].completion_ids) < 3  # not all at the end
+        assert len(heard[0].ids) <= 2  # the first token did not wait
+        assert all(p.alternatives == () for p in heard)
+    for i in (0, 3):
+        assert_close(loop.run(host.write(requests[i])), wanted[i])
+
+
+def test_alternatives_and_stop_ids_come_through(
+    host: Host, loop: asyncio.Runner, offline: Callable[[list[Request]], list[Sample]]
+) -> None:
+    (plain,) = offline([ask(3)])
+    stop = plain.completion_ids[4]
+    request = ask(3, stop_ids=(stop,), alternatives=3)
+    pieces: list[Piece] = []
+
+    async def both() -> list[Sample]:
+        return await asyncio.gather(host.write(request, pieces.append), host.write(ask(3)))
+
+    short, whole = loop.run(both())
+    at = plain.completion_ids.index(stop) + 1
+    assert (short.completion_ids, short.stop) == (plain.completion_ids[:at], Stop.EOS)
+    assert_close(whole, plain)
+    likely = [a for p in pieces for a in p.alternatives]
+    assert len(likely) == at
+    for alternatives, token, logprob in zip(likely, short.completion_ids, short.logprobs, strict=True):
+        assert len(alternatives) == 3
+        assert [p for _, p in alternatives] == sorted((p for _, p in alternatives), reverse=True)
+        assert dict(alternatives).get(token, logprob) == pytest.approx(logprob, abs=1e-5)
+        assert logprob <= alternatives[0][1] + 1e-5
+
+
+def test_what_cannot_be_asked_is_refused_before_it_reaches_the_process(
+    host: Host, loop: asyncio.Runner, offline: Callable[[list[Request]], list[Sample]]
+) -> None:
+    for bad, message in [
+        (ask(0, max_tokens=host.max_length - 2), f"needs {host.max_length + 1} tokens"),
+        (ask(0, prompt_ids=(5, host.config.vocab_size)), "not one of the"),
+        (ask(0, prompt_ids=(-1,)), "not one of the"),
+        (ask(2**63), "64 bits"),
+        (ask(-(2**63) - 1), "64 bits"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            loop.run(host.write(bad))
+    # what float32 would make 0 or infinite of spoils nobody's step
+    for temperature in (1e-40, 1e-320, 1e30):
+        odd = ask(1, temperature=temperature, top_p=0.9)
+        assert loop.run(host.write(odd)).completion_ids
+    odd, plain = ask(2, top_p=1e-300), ask(2**63 - 1)
+    assert loop.run(host.write(odd)).completion_ids == offline([ask(2, top_p=1e-6)])[0].completion_ids
+    assert_close(loop.run(host.write(plain)), offline([plain])[0])
+    assert host.figures().restarts == 0
+
+
+# ---- leaving ----
+
+
+def test_cancel_frees_the_slot_at_once_also_of_those_who_wait(
+    host: Host, loop: asyncio.Runner, long: list[Request], offline: Callable[[list[Request]], list[Sample]]
+) -> None:
+    async def story() -> Sample:
+        before = host.figures()
+        tasks = [asyncio.create_task(host.write(r, lambda _: None)) for r in long[: SLOTS + 3]]
+        await until(lambda: (host.figures().in_use, host.figures().waiting) == (SLOTS, 3))
+        tasks[-1].cancel()  # one that waits
+        await until(lambda: host.figures().waiting == 2)
+        waits = asyncio.create_task(host.write(ask(5)))
+        for task in tasks[:3]:
+            task.cancel()
+        sample = await waits  # long before the others could have ended
+        assert host.figures().in_use == 3
+        for task in tasks:
+            task.cancel()
+        assert {type(e) for e in await asyncio.gather(*tasks, return_exceptions=True)} == {
+            asyncio.CancelledError
+        }
+        await until(lambda: (host.figures().in_use, host.figures().open) == (0, 0))
+        assert host.figures().cancelled - before.cancelled == len(tasks)
+        assert host.figures().answers - before.answers == 1
+        return sample
+
+    assert_close(loop.run(story()), offline([ask(5)])[0])
+
+
+def test_a_listener_who_raises_ends_its_own_answer_only(
+    host: Host, loop: asyncio.Runner, long: list[Request], offline: Callable[[list[Request]], list[Sample]]
+) -> None:
+    def broken(_: Piece) -> None:
+        raise ZeroDivisionError
+
+    async def story() -> Sample:
+        mine = asyncio.create_task(host.write(long[0], broken))
+        other = asyncio.create_task(host.write(ask(6)))
+        with pytest.raises(ZeroDivisionError):
+            await mine
+        sample = await other
+        await until(lambda: host.figures().in_use == 0)
+        return sample
+
+    assert_close(loop.run(story()), offline([ask(6)])[0])
+
+
+# ---- admission ----
+
+
+def test_who_is_let_in_is_written_and_who_is_one_too_many_is_not(
+    host: Host, loop: asyncio.Runner, long: list[Request]
+) -> None:
+    async def story() -> None:
+        refused = host.figures().refused
+        with host.admit(SLOTS + WAITING - 1) as writer:
+            assert host.admit(1) is not None  # asking takes no place
+            last = asyncio.create_task(host.write(long[0]))
+            await asyncio.sleep(0)
+            with pytest.raises(Busy, match="too many requests wait") as busy:
+                await host.write(ask(1))
+            assert 1 <= busy.value.retry_after_s <= 60
+            assert host.figures().refused == refused + 1
+            await writer.write(ask(1))  # its place was kept
+            last.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await last
+            await host.write(ask(1))
+            with pytest.raises(Busy):
+                host.admit(2)
+        host.admit(SLOTS + WAITING)
+        with pytest.raises(ValueError, match="more than the 16 allowed"):
+            host.admit(SLOTS + WAITING + 1)
+
+    loop.run(story())
+
+
+def test_when_to_come_back_is_as_fast_as_answers_ended_lately(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    rate = Moving(lambda: now)
+    now = 200.0
+    monkeypatch.setattr(host, "_answer_rate", rate)
+    assert host._until_free(3) == host_module.SOONEST  # nothing is known
+    rate.add(20)
+    assert rate.per_second() == 2.0
+    assert host._until_free(10) == 5.0
+    assert host._until_free(1) == host_module.SOONEST
+    assert host._until_free(1000) == host_module.LATEST
+    now = 209.5
+    rate.add(5)
+    assert rate.per_second() == 2.5
+    now = 210.0
+    assert rate.per_second() == 0.5  # the first twenty are ten seconds old
+
+
+# ---- judges and beams ----
+
+
+def test_judges_say_what_they_say_in_this_process(
+    host: Host, loop: asyncio.Runner, folders: dict[str, Path], long: list[Request]
+) -> None:
+    problem = problem_of(QUESTION)
+    hasty = Habits(blind=0.0, stop=0.6)
+    thoughts = [FAMILIES["make"].document(problem, stream(i, "t"), hasty) for i in range(11)]
+    answers = [(QUESTION, thought) for thought in thoughts]
+    pairs = [(problem, thought) for thought in thoughts]
+    device = torch.device("cpu")
+
+    async def story() -> tuple[list[float], list[float]]:
+        busy = asyncio.create_task(host.write(long[0]))  # they go on beside the writing
+        found = await asyncio.gather(host.judge("preference", answers), host.judge("process", answers))
+        assert not busy.done()
+        busy.cancel()
+        assert await host.judge("process", []) == []
+        return found[0], found[1]
+
+    liked, checked = loop.run(story())
+    assert len(set(liked)) > 1
+    assert len(set(checked)) > 1
+    assert liked == pytest.approx(Preference(folders["preference"], device)(pairs), abs=1e-4)
+    assert checked == pytest.approx(Process(folders["process"], device)(pairs), abs=1e-4)
+    assert host.judges() == {"preference", "process"}
+
+
+def test_beams_are_those_of_beam_search(
+    host: Host, loop: asyncio.Runner, folders: dict[str, Path], long: list[Request]
+) -> None:
+    model, tokenizer = load(folders["model"])
+    widths = (1, 2, 3, 4, 2, 2)  # more than go on at a time
+    requests = [ask(i, max_tokens=12 + i) for i in range(len(widths))]
+
+    async def story() -> list[list[Sample]]:
+        with host.admit(15) as writer:
+            busy = asyncio.create_task(writer.write(long[0]))
+            given_up = asyncio.create_task(writer.beams(long[1], 3))
+            both = [writer.beams(r, width) for r, width in zip(requests, widths, strict=True)]
+            found = await asyncio.gather(*both)
+            assert not busy.done()
+            for task in (busy, given_up):
+                task.cancel()
+            for width in (0, SLOTS + WAITING + 1):
+                with pytest.raises(ValueError, match="between 1 and 16"):
+                    await writer.beams(ask(1), width)
+        return found
+
+    for request, width, found in zip(requests, widths, loop.run(story()), strict=True):
+        search = BeamSearch(model, request, width, eos_ids=tokenizer.eos_ids)
+        while search.step():
+            pass
+        wanted = search.best()
+        assert len(found) == len(wanted) == width
+        for got, want in zip(found, wanted, strict=True):
+            assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", [name for name, f in FAMILIES.items() if isinstance(f, Audited)])
+def test_a_question_finds_the_family_that_checks_its_steps(name: str) -> None:
+    family = FAMILIES[name]
+    assert isinstance(family, Audited)
+    for i in range(30):
+        rng = stream(i, name)
+        problem = family.sample(rng)
+        thought = family.document(problem, rng, CAREFUL).partition("</think>")[0].removeprefix("<think>")
+        found = problem_of(problem.prompt)
+        assert found.family == name
+        assert family.steps(found, thought) == family.steps(problem, thought)
+    assert problem_of("What is the capital of France?").family == ""
+    assert problem_of("").family == ""
+
+
+# ---- death ----
+
+
+def test_signals_are_left_to_the_parent_and_an_idle_process_sleeps(
+    host: Host, loop: asyncio.Runner, offline: Callable[[list[Request]], list[Sample]]
+) -> None:
+    assert host._process is not None
+    pid = host._process.pid
+    os.kill(pid, signal.SIGINT)
+    os.kill(pid, signal.SIGTERM)
+    assert_close(loop.run(host.write(ask(8))), offline([ask(8)])[0])
+
+    def ticks() -> int:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    before = ticks()
+    time.sleep(0.5)
+    assert ticks() - before <= 5  # of 50
+
+
+def test_a_killed_process_fails_its_answers_and_is_started_again(
+    host: Host, loop: asyncio.Runner, long: list[Request], offline: Callable[[list[Request]], list[Sample]]
+) -> None:
+    async def story() -> Sample:
+        assert host._process is not None
+        heard: list[Piece] = []
+        asked = long[: SLOTS + 2]
+        tasks = [asyncio.create_task(host.write(r, heard.append)) for r in asked]
+        await until(lambda: bool(heard) and host.figures().waiting == 2)
+        os.kill(host._process.pid, signal.SIGKILL)
+        died = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(error) for error in died] == [HostDied] * len(asked)
+        assert all("it is being started again" in str(error) for error in died)
+        assert host.figures().state in ("down", "loading")
+        assert (host.figures().in_use, host.figures().open) == (0, 0)
+        with pytest.raises(HostDied, match="not there at the moment") as gone:
+            await host.write(ask(1))
+        assert gone.value.retry_after_s >= 1
+        await until(lambda: "signal 9" in (host.figures().trouble or "") or host.state == "ready")
+        await until(lambda: host.state == "ready")
+        assert (host.figures().restarts, host.figures().trouble) == (1, None)
+        assert host._places == 0
+        return await host.write(ask(9))
+
+    assert_close(loop.run(story()), offline([ask(9)])[0])
+
+
+def test_stop_lets_finish_what_it_can_and_fails_the_rest(
+    host: Host, loop: asyncio.Runner, long: list[Request]
+) -> None:
+    """The last test with this host."""
+
+    async def story() -> None:
+        assert host._process is not None
+        pid = host._process.pid
+        tasks = [asyncio.create_task(host.write(r)) for r in long[:3]]
+        short = asyncio.create_task(host.write(ask(1, max_tokens=1)))
+        await until(lambda: host.figures().in_use > 0)
+        stopping = asyncio.create_task(host.stop(grace_s=0.1))
+        await asyncio.sleep(0)
+        with pytest.raises(HostDied, match="stopped"):
+            await host.write(ask(2))
+        assert len((await short).completion_ids) == 1
+        await stopping
+        for ended in await asyncio.gather(*tasks, return_exceptions=True):
+            if not isinstance(ended, Sample):  # unless the machine was fast
+                assert isinstance(ended, HostDied)
+                assert "being shut down" in str(ended)
+        assert not alive(pid)
+        await host.stop()  # once more does no harm
+
+    loop.run(story())
+
+
+def test_a_broken_checkpoint_is_the_users_to_mend(
+    folders: dict[str, Path], tmp_path: Path, loop: asyncio.Runner
+) -> None:
+    for path in folders["model"].iterdir():
+        data = path.read_bytes()
+        whole = path.name != "model.safetensors"
+        (tmp_path / path.name).write_bytes(data if whole else data[: len(data) // 2])
+    host = Host("broken", tmp_path, device="cpu", threads=1)  # the weights are looked at by the process
+    with pytest.raises(UserError, match="corrupt or truncated"):
+        loop.run(host.start())
+    assert host.state == "stopped"
+    assert host._process is None
+    with pytest.raises(UserError, match="served without a preference model"):
+        loop.run(host.judge("preference", [("a", "b")]))
+    with pytest.raises(UserError, match="no checkpoint folder"):
+        Host("none", tmp_path / "absent")
+    with pytest.raises(UserError, match="max_length must be between 2 and the model's 2048"):
+        Host("long", folders["model"], max_length=2049)
+
+
+ORPHAN = """
+import socket, subprocess, sys
+from liubai.serve.wire import note
+
+ours, theirs = socket.socketpair()
+command = [sys.executable, "-m", "liubai.serve.inside", str(theirs.fileno())]
+process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
+theirs.close()
+settings = {"checkpoint": sys.argv[1], "slots": 2, "max_length": 99, "device": "cpu", "threads": 1}
+ours.sendall(note(settings))
+assert b"ready" in ours.recv(99)
+print(process.pid, flush=True)
+process.wait()
+"""
+
+
+def test_a_process_dies_with_its_parent(folders: dict[str, Path]) -> None:
+    """The parent here is a bare one, that it may start sooner."""
+    command = [sys.executable, "-c", ORPHAN, str(folders["model"])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert alive(pid)
+        parent.kill()
+    deadline = time.monotonic() + 60
+    try:
+        while alive(pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+# ---- the wire ----
+
+numbers = st.integers(0, 2**31 - 1)
+logprobs = st.floats(-1e4, 0, width=32)
+
+
+@st.composite
+def written(draw: st.DrawFn) -> Written:
+    ids = draw(st.lists(numbers, min_size=1, max_size=5))
+    likely = draw(st.integers(0, 3))
+    return Written(
+        draw(st.integers(0, 2**62)),
+        ids,
+        draw(st.lists(logprobs, min_size=len(ids), max_size=len(ids))),
+        [
+            tuple(draw(st.lists(st.tuples(numbers, logprobs), min_size=likely, max_size=likely)))
+            for _ in ids
+            if likely
+        ],
+    )
+
+
+frames = st.one_of(
+    st.builds(
+        Pieces,
+        numbers,
+        numbers,
+        st.integers(0, 2**62),
+        st.lists(written(), max_size=6),
+        st.lists(st.tuples(st.integers(0, 2**62), st.sampled_from(Stop)), max_size=4),
+    ),
+    st.lists(st.text(), max_size=3),
+)
+
+
+@given(st.lists(frames, max_size=5), st.randoms(use_true_random=False))
+def test_what_is_packed_is_unpacked_however_it_is_cut(sent: list[object], rng: random.Random) -> None:
+    data = b"".join(pack(x) if isinstance(x, Pieces) else note(x) for x in sent)
+    got: list[object] = []
+    reader = Frames()
+    while data:
+        cut = rng.randint(1, len(data))
+        for kind, body in reader.feed(data[:cut]):
+            assert kind in (NOTE, PIECES)
+            got.append(unpack(body) if kind == PIECES else json.loads(body))
+        data = data[cut:]
+    assert got == sent
+
+
+class Script:
+    """An engine that writes what it is told."""
+
+    in_use = pending = 7
+
+    def __init__(self) -> None:
+        self.now: list[Fresh] = []
+
+    def fresh(self) -> list[Fresh]:
+        return self.now
+
+
+def outbox() -> tuple[Callable[..., list[Pieces]], Outbox, Callable[[float], None]]:
+    """``step(tokens, ended)`` -> what was sent; the box; its clock."""
+    sent: list[bytes] = []
+    now = [0.0]
+    engine, box = Script(), Outbox(sent.append, lambda: now[0])
+
+    def step(*streams: int, ended: tuple[int, ...] = ()) -> list[Pieces]:
+        sent.clear()
+        engine.now = [Fresh(stream, 40 + stream, -0.5) for stream in streams]
+        box.pass_on(engine, [(stream, Stop.EOS) for stream in ended])  # type: ignore[arg-type]
+        return [unpack(body) for frame in sent for _, body in Frames().feed(frame)]
+
+    def tick(seconds: float) -> None:
+        now[0] += seconds
+
+    return step, box, tick
+
+
+def heard(sent: list[Pieces]) -> dict[int, int]:
+    """Tokens by stream of the one frame that was sent."""
+    (pieces,) = sent or [Pieces(0, 0, 0, [], [])]
+    return {w.stream: len(w.ids) for w in pieces.written}
+
+
+def test_first_tokens_and_ends_go_at_once_and_the_rest_together() -> None:
+    step, box, tick = outbox()
+    for i in range(200):
+        box.open(i, True, False)
+    assert heard(step(*range(199))) == dict.fromkeys(range(199), 1)
+    tick(0.01)
+    assert step(*range(199)) == []
+    tick(0.01)
+    assert heard(step(*range(200))) == {199: 1}  # its first; the others go on waiting
+    tick(0.01)
+    (frame,) = step(*range(200), ended=(3, 199))
+    assert {w.stream: len(w.ids) for w in frame.written} == {3: 3, 199: 1}
+    assert frame.ended == [(3, Stop.EOS), (199, Stop.EOS)]
+    assert frame.tokens == 199 + 199 + 200 + 200
+    tick(LONGEST)
+    everybody = heard(step(*range(3), *range(4, 199)))
+    assert everybody == {i: 4 for i in range(199) if i != 3}
+
+
+def test_few_listeners_hear_every_token_and_the_silent_ones_only_the_end() -> None:
+    step, box, tick = outbox()
+    box.open(1, True, False)
+    box.open(2, False, False)
+    for _ in range(3):
+        tick(0.002)
+        assert heard(step(1, 2)) == {1: 1}
+    tick(0.002)
+    assert heard(step(1, 2, ended=(2,))) == {1: 1, 2: 4}
+    box.close(1)
+    box.open(5, False, False)
+    assert step(5) == []
+    tick(REPORT)
+    assert step(5)[0].tokens == 10  # the load is told all the same
+    box.close(5)
+    tick(0.1)
+    assert step(5) == []  # nobody is there to hear it
