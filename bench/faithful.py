@@ -35,6 +35,7 @@ FITTED = {
     "word": ("word",),
 }
 L2, RATE, STEPS = 1e-2, 0.3, 4000
+DRAWS = 300  #: of documents, for standard errors
 
 Array = NDArray[np.float64]
 
@@ -74,6 +75,20 @@ def balanced(scores: Array, right: NDArray[np.bool_]) -> float:
     return float((said[right].mean() + (~said[~right]).mean()) / 2)
 
 
+def error_of(scores: Array, right: NDArray[np.bool_], documents: list[str]) -> float:
+    """The standard error of the balanced accuracy: rows of one document are not independent, so documents
+    are drawn."""
+    rng = np.random.default_rng(0)
+    places = {name: [i for i, other in enumerate(documents) if other == name] for name in set(documents)}
+    names = sorted(places)
+    found = []
+    for _ in range(DRAWS):
+        at = [i for k in rng.integers(0, len(names), len(names)) for i in places[names[k]]]
+        if 0 < right[at].sum() < len(at):
+            found.append(balanced(scores[at], right[at]))
+    return float(np.std(found))
+
+
 def table(rows: list[Row]) -> None:
     started = time.perf_counter()
     scores = np.array([judge(row.passage, row.summary).score for row in rows])
@@ -83,10 +98,11 @@ def table(rows: list[Row]) -> None:
         for held_out in (False, True):
             at = np.array([row.domain == domain and row.held_out is held_out for row in rows])
             right = np.array([row.consistent for row in rows])[at]
-            documents = len({row.passage for row, here in zip(rows, at, strict=True) if here})
+            documents = [row.passage for row, here in zip(rows, at, strict=True) if here]
+            error = error_of(scores[at], right, documents)
             print(
-                f"{domain:<12} {'held out' if held_out else 'fitted':<9} {at.sum():>5} {documents:>9} "
-                f"{auc(scores[at], right):>6.3f} {balanced(scores[at], right):>18.3f}"
+                f"{domain:<12} {'held out' if held_out else 'fitted':<9} {at.sum():>5} {len(set(documents)):>9} "
+                f"{auc(scores[at], right):>6.3f} {balanced(scores[at], right):>18.3f} ± {error:.3f}"
             )
     print(f"{len(rows) / took:,.0f} summaries/s")
 

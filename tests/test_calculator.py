@@ -207,7 +207,9 @@ def test_what_is_no_number_in_chinese(text: str) -> None:
     assert numerals.chinese(text) is None
 
 
-@pytest.mark.parametrize("text", ["twenty twenty", "one hundred and two hundred", "five twenty", "two three"])
+@pytest.mark.parametrize(
+    "text", ["twenty twenty", "one hundred and two hundred", "five twenty", "one thousand million"]
+)
 def test_what_is_no_number_in_english(text: str) -> None:
     assert numerals.english(text) is None
     assert calculate(f"{text} plus 1") is None
@@ -280,6 +282,10 @@ def test_what_is_no_number_in_english(text: str) -> None:
         ("2.5 million plus 1", "2500001"),
         ("2+2=5?", "no"),
         ("12/25 =", "0.48"),
+        ("10-3-2", "5"),
+        ("what is 3-5?", "-2"),
+        ("what is 100 - 20 - 3?", "77"),
+        ("1000000 - 1 - 1", "999998"),
         ("0.1 + 0.2", "0.3"),
     ],
 )
@@ -313,6 +319,7 @@ REFUSED = [
     "7", "what is 7", "50%", "", " ", "?", "大", "哪个大", "what is", "3 5", "3 and 4", "2(3+4)", "1 1/2 + 2",
     "100 + 10%", "the square root of 9 + 16", "9加16的平方根", "sum of 3 and 4 squared", "5!!", "2+2!",
     "2²³", "2¹⁰",
+    "50% of", "17 of 20", "250的17",
     "1/0", "0^0", "sqrt(2)", "√-4", "(-8)^(1/3)", "2^0.5", "5.5!", "17 mod 0", "2.5 mod 2", "2+2=5",
     "total a 3 b 7 c 2", "求和 甲 3 乙 7", "make 1 4 3 ->7", "solve 3 * x + 4 = 19", "解 3 * x + 4 = 19",
     "anna has 3 red cups . ben has 5 blue hats . summarise", "please say red twice", "$5 + $3", "5 kg + 3 kg",

@@ -30,6 +30,11 @@ def evaluated(
     return Stage(f"by-{name}".replace(":", "-"), "eval", parent, (parent,), result=result)
 
 
+def said(text: str) -> str:
+    """As a title says it, with blanks that do not break."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
 def run_of(*stages: Stage) -> Run:
     return Run(Path("x"), "", {}, list(stages), [], None)
 
@@ -59,7 +64,7 @@ def test_one_line_a_kind_over_the_tokens_of_an_answer() -> None:
     assert list(lines["majority vote"].errors) == [0.02, 0.02]
     assert len({(line.ink, line.dash) for line in chart.lines}) == 6
     assert chart.log_x
-    assert part.finding == "From 50.0 % by sample:1 to 70.0 % by vote:8, at 8.0 times the tokens."
+    assert part.finding == said("From 50.0 % by sample:1 to 70.0 % by vote:8, at 8.0 times the tokens.")
     assert chart.title == part.finding.rstrip(".")
 
 
@@ -73,7 +78,7 @@ def test_no_evaluation_by_paths_no_part() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stages", "said"),
+    ("stages", "expected"),
     [
         (STAGES[1:2], "Nothing is better than sample:1 (50.0 %)."),
         (
@@ -86,11 +91,20 @@ def test_no_evaluation_by_paths_no_part() -> None:
             "From 50.0 % by sample:1 to 70.0 % by vote:8, at 8.0 times the tokens; vote:4 comes as far "
             "within the noise at 150 tokens.",
         ),
+        (
+            (
+                evaluated("best:2", "best", 0.70, 100.0, by="process"),
+                evaluated("best:16", "best", 0.60, 900.0, by="process"),
+                evaluated("vote:2", "vote", 0.70, 110.0),
+                evaluated("vote:16", "vote", 0.66, 910.0),
+            ),
+            "Nothing is better than best:2 (70.0 %). Best of n (process model) falls from 70.0 % to 60.0 %.",
+        ),
     ],
 )  # fmt: skip
-def test_the_title_claims_no_more_than_the_numbers(stages: tuple[Stage, ...], said: str) -> None:
+def test_the_title_claims_no_more_than_the_numbers(stages: tuple[Stage, ...], expected: str) -> None:
     found = [m for s in stages if (m := measured(s)) is not None]
-    assert finding(found) == said
+    assert finding(found) == said(expected)
 
 
 def test_what_was_asked_otherwise_is_another_figure() -> None:
@@ -103,6 +117,18 @@ def test_what_was_asked_otherwise_is_another_figure() -> None:
     assert len(part.charts) == 3
     assert len({chart.id for chart in part.charts}) == 3
     assert [sum(len(line.curve.xs) for line in chart.lines) for chart in part.charts] == [7, 1, 1]
+
+
+def test_a_judge_is_not_whose_answers_they_are() -> None:
+    """A checkpoint that was brought along, and a judge that was made here."""
+    judge = Stage("judge", "process", "")
+    part = section(
+        run_of(judge, evaluated("vote:4", "vote", 0.5, 9.0, parent=""),
+               evaluated("best:4", "best", 0.6, 9.0, parent="judge"))
+    )  # fmt: skip
+    assert part is not None
+    assert len(part.charts) == 1
+    assert "<caption>the model, by" in part.body
 
 
 def test_bars_reach_one_error_up_and_down() -> None:
@@ -147,7 +173,7 @@ def test_it_stands_in_the_report_and_the_checkpoints_do_not_multiply(tmp_path: P
     assert "Several paths, equal tokens" in page.text["paths"]
     assert "best of n (process model): best:8" in page.text["paths"]
     assert "one draw, a longer thought: sample:1, at least 60" in page.text["paths"]
-    assert "From 50.0 % by sample:1" in page.text["chart-paths-0"]
+    assert said("From 50.0 % by sample:1") in page.text["chart-paths-0"]
     assert [e.label for e in evaluations(read_run(tmp_path))] == ["Zero & co"]
 
 

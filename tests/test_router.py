@@ -107,7 +107,7 @@ def test_rules_are_asked_in_order() -> None:
 def test_the_last_question_decides_and_earlier_ones_are_context() -> None:
     chat = [
         {"role": "system", "content": "Be brief."},
-        *user("Prove that 2 is even"),
+        *user("Hello", "Prove that 2 is even"),
         {"role": "assistant", "content": "1 + 1"},
         {
             "role": "user",

@@ -158,15 +158,15 @@ def stem(word: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def related(one: str, other: str) -> bool:
-    """Are two stems of one family (optimiz, optimization)? They share five letters and most of the longer
-    one, or one is the other with a short ending."""
+    """Are two stems of one family (optimiz, optimization)? Five letters are the same, all but one of the
+    shorter one's, and the longer one goes on for five at most; of four letters, for one."""
     if one == other:
         return True
     short, long = sorted((one, other), key=len)
     same = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
-    if same >= 5 and same >= 0.6 * len(long):
-        return True
-    return same >= 4 and same == len(short) and len(long) - same <= 4
+    if same >= 5:
+        return len(short) - same <= 1 and len(long) - same <= 5
+    return same == 4 == len(short) and len(long) == 5
 
 
 _FUNCTION = lists.FUNCTION | {stem(word) for word in lists.FUNCTION}

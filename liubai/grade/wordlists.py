@@ -33,7 +33,7 @@ FUNCTION = frozenset(
     very too just own same s t d ll re ve m one ones etc include includes including included like well but
     however though although yet still even further moreover furthermore additionally overall thus hence
     therefore respectively namely able how's that's there's
-    percent cent usd dollar dollars euro euros yuan
+    before after percent cent usd dollar dollars euro euros yuan
     """)
 )
 #: deny what follows

@@ -42,7 +42,8 @@ CURVES = ".tensorboard"
 #: Written for the whole run, and put back when nothing of it was computed.
 WHOLE = ("recipe.toml", "environment.json")
 #: Kinds of stages that train on questions (or write examples for others to), and that ask held-out ones.
-TRAIN, HOLD_OUT = ("rl", "ppo", "distill", "sample"), ("rl", "ppo", "distill", "eval")
+INSTRUMENTS = ("bridge", "attention", "whitebox")
+TRAIN, HOLD_OUT = ("rl", "ppo", "distill", "sample"), ("rl", "ppo", "distill", "eval", *INSTRUMENTS)
 
 
 @dataclass

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from liubai.report import attention, paths, whitebox
+from liubai.report import attention, bridge, paths, whitebox
 from liubai.report.read import Run
 from liubai.report.section import Section
 
 #: each gives its part, or ``None`` where the recipe did not ask for it
 INSTRUMENTS: tuple[Callable[[Run], Section | None], ...] = (
     paths.section,
+    bridge.section,
     attention.section,
     whitebox.section,
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from liubai.report.read import Curve, Run, Stage, number
+from liubai.report.read import WITHOUT_MODEL, Curve, Run, Stage, number
 from liubai.report.section import Section
 from liubai.report.story import show
 from liubai.report.svg import Chart, Line
@@ -58,7 +58,7 @@ def section(run: Run) -> Section | None:
         found = measured(stage)
         if found is not None:
             asked = [(stage.result or {}).get(key) for key in ("problems", "n_problems")]
-            groups.setdefault((stage.parent, str(asked)), []).append(found)
+            groups.setdefault((_checkpoint(run, stage), str(asked)), []).append(found)
     if not groups:
         return None
     listed = [(parent, each) for (parent, _), each in groups.items()]
@@ -66,6 +66,13 @@ def section(run: Run) -> Section | None:
     said = " ".join(finding(each) for _, each in listed)
     tables = Markup("").join(_table(parent, each) for parent, each in listed)
     return Section("paths", "Several paths, equal tokens", "殊途同价", said, charts, tables)
+
+
+def _checkpoint(run: Run, stage: Stage) -> str:
+    """Whose answers they are: the stage's that made it, where it was not brought along."""
+    made_by = run.stage(stage.parent)
+    brought = made_by is not None and made_by.kind in WITHOUT_MODEL
+    return stage.parent if stage.parent and not brought else "the model"
 
 
 def measured(stage: Stage) -> Measured | None:
@@ -109,27 +116,48 @@ def _name_of(way: dict[str, Any]) -> str:
 
 
 def finding(found: Sequence[Measured]) -> str:
-    """What the best way buys, against one draw."""
+    """What the best way buys against one draw, and which one gets worse the more it costs."""
+    return _gain(found) + _fall(found)
+
+
+def _gain(found: Sequence[Measured]) -> str:
     best = max(found, key=lambda m: m.accuracy)
     plain = next((m for m in found if m.kind == "sample"), None) or min(found, key=lambda m: m.tokens)
     if best is plain:
-        return f"Nothing is better than {plain.name} ({show(plain.accuracy, '%')})."
+        return f"Nothing is better than {plain.name} ({_share(plain)})."
     gap, error = best.accuracy - plain.accuracy, (best.error**2 + plain.error**2) ** 0.5
     cost = f"{best.tokens / plain.tokens:.1f} times the tokens"
     if gap < SURE * error:
         return (
-            f"Nothing is surely better than {plain.name} ({show(plain.accuracy, '%')}): {best.name} has "
-            f"{show(best.accuracy, '%')} at {cost}, which is within {SURE:.0f} standard errors."
+            f"Nothing is surely better than {plain.name} ({_share(plain)}): {best.name} has {_share(best)} "
+            f"at {cost}, which is within {SURE:.0f} standard errors."
         )
     # who is as good as the best for less?
     cheap = min((m for m in found if best.accuracy - m.accuracy <= SURE * best.error), key=lambda m: m.tokens)
     same = (
         "" if cheap is best else f"; {cheap.name} comes as far within the noise at {cheap.tokens:.0f} tokens"
     )
-    return (
-        f"From {show(plain.accuracy, '%')} by {plain.name} to {show(best.accuracy, '%')} by {best.name}, "
-        f"at {cost}{same}."
-    )
+    return f"From {_share(plain)} by {plain.name} to {_share(best)} by {best.name}, at {cost}{same}."
+
+
+def _fall(found: Sequence[Measured]) -> str:
+    """The line that surely falls, and most."""
+    lines = {m.line: sorted((n for n in found if n.line == m.line), key=lambda n: n.tokens) for m in found}
+    ends = [(each[0], each[-1]) for each in lines.values()]
+    falls = [
+        (first, last)
+        for first, last in ends
+        if first.accuracy - last.accuracy > SURE * (first.error**2 + last.error**2) ** 0.5
+    ]
+    if not falls:
+        return ""
+    first, last = max(falls, key=lambda pair: pair[0].accuracy - pair[1].accuracy)
+    name = first.line[:1].upper() + first.line[1:]
+    return f" {name} falls from {_share(first)} to {_share(last)}."
+
+
+def _share(m: Measured) -> str:
+    return show(m.accuracy, "%").replace(" ", "\N{NO-BREAK SPACE}")  # a title must not break there
 
 
 def _chart(number: int, parent: str, found: Sequence[Measured], several: bool) -> Chart:

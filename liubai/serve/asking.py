@@ -98,6 +98,10 @@ async def prepared(house: House, request: ChatRequest, decision: Decision | None
     served, limits = house.find(request.model), house.limits
     if decision is not None and decision.way == "fast" and house.fast is not None:
         served = house.find(house.fast)
+    if len(request.messages) > limits.messages:
+        raise bad(f"this server reads {limits.messages} messages at most", "messages")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad("'top_logprobs' needs 'logprobs': true", "top_logprobs")
     config = _config(request)
     tools, before = offered(request), begun(request)
     thinks = request.thinks() if decision is None else decision.way == "think"
@@ -154,8 +158,6 @@ def _check(job: Job, answers: int) -> None:
     ask, config = job.ask, job.config
     if job.several and job.choices > 1:
         raise bad("'paths' has several paths of its own; leave 'n' out, and say 'n' inside 'paths'", "n")
-    if job.answers > answers:
-        raise bad(f"this server writes {answers} answers at once at most", "paths" if job.several else "n")
     if config.kind == "best":
         judge_of(job.served.writer, config.judge)
     if config.kind == "tree" and config.judge not in (None, *job.served.writer.judges()):
@@ -164,6 +166,8 @@ def _check(job: Job, answers: int) -> None:
         raise bad("a beam search has no thinking budget, no least thought and no tools", "paths")
     if ask.temperature == 0 and config.kind not in ("greedy", "beam") and job.several:
         raise bad("several answers at temperature 0 are one and the same", "temperature")
+    if job.answers > answers:
+        raise bad(f"this server writes {answers} answers at once at most", "paths" if job.several else "n")
     tokenizer = job.served.tokenizer
     words = [tokenizer.encode(word) for pair in AGAIN.values() for word in pair]
     if ask.at_least and not any(ids and tokenizer.unknown_id not in ids for ids in words):

@@ -92,9 +92,9 @@ _NAMES = re.compile(r"24/7|50/50|20/20|80/20|7[-/]11|9[-/]11")
 _LOOKS_LIKE = tuple(
     (re.compile(pattern), what)
     for pattern, what in (
-        (r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}", "a date"),
+        (r"\d{4}([-/.])\d{1,2}\1\d{1,2}|\d{1,2}([-/.])\d{1,2}\2(?:\d{4}|\d{2})", "a date"),
         (r"(?:[1-9]|1[0-2])/(?:[12]\d|3[01])", "a date"),
-        (r"[+(]?\d[\d() ]*+(?:-[\d() ]*+){2,}|\d{3}-\d{4}|\+\d[\d ()-]+", "a telephone number"),
+        (r"\+?(?=(?:-*+\d){7})\d++(?:-\d++){2,}+|\d{3}-\d{4}|\(\d+\) ?\d+(?:-\d+)?", "a telephone number"),
         (_NAMES.pattern, "a name"),
     )
 )

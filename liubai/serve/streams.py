@@ -28,7 +28,8 @@ State = Literal["reasoning", "content", "call", "response"]
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """``likely`` are the likeliest (id, log-probability) in its place, best first; ``text`` is what it added."""
+    """``likely`` are the likeliest (id, log-probability) in its place, best first; ``text`` is what it
+    added."""
 
     id: int
     logprob: float

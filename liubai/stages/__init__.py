@@ -20,6 +20,7 @@ KINDS = {
     "dpo": "liubai.stages.dpo",
     "distill": "liubai.stages.distill",
     "eval": "liubai.stages.evaluate",
+    "bridge": "liubai.stages.bridge",
     "attention": "liubai.stages.attention",
     "whitebox": "liubai.stages.whitebox",
 }
