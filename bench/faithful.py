@@ -99,9 +99,9 @@ def table(rows: list[Row]) -> None:
             at = np.array([row.domain == domain and row.held_out is held_out for row in rows])
             right = np.array([row.consistent for row in rows])[at]
             documents = [row.passage for row, here in zip(rows, at, strict=True) if here]
-            error = error_of(scores[at], right, documents)
+            error, different = error_of(scores[at], right, documents), len(set(documents))
             print(
-                f"{domain:<12} {'held out' if held_out else 'fitted':<9} {at.sum():>5} {len(set(documents)):>9} "
+                f"{domain:<12} {'held out' if held_out else 'fitted':<9} {at.sum():>5} {different:>9} "
                 f"{auc(scores[at], right):>6.3f} {balanced(scores[at], right):>18.3f} ± {error:.3f}"
             )
     print(f"{len(rows) / took:,.0f} summaries/s")

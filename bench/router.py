@@ -125,10 +125,18 @@ class Side:
         item = GradeItem(problem.verifier, problem.gold, response, {**problem.meta, "prefilled": prefilled})
         return Outcome(kind, grade(item).parts["correct"], tokens, seconds, taken)
 
-    def all(self, way: str, asked: list[tuple[str, Problem]]) -> list[Outcome]:
-        async def work() -> list[Outcome]:
-            await self.answer(way, -1, *asked[0])  # the first one warms up
-            return [await self.answer(way, i, *question) for i, question in enumerate(asked)]
+    def all(self, asked: list[tuple[str, Problem]]) -> dict[str, list[Outcome]]:
+        """Every question goes all ways in turn, so that a machine that grows busy is so for all of them."""
+
+        async def work() -> dict[str, list[Outcome]]:
+            outcomes: dict[str, list[Outcome]] = {way: [] for way in WAYS}
+            for way in WAYS:
+                await self.answer(way, 0, *asked[0])  # the first one warms up
+            for i, question in enumerate(asked):
+                for turn in range(len(WAYS)):
+                    way = WAYS[(i + turn) % len(WAYS)]
+                    outcomes[way].append(await self.answer(way, i, *question))
+            return outcomes
 
         return run(self.writer, [work()])[0]
 
@@ -166,7 +174,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     asked = questions(options.count, options.seed)
     side = Side(options.checkpoint, options.max_tokens, options.temperature, options.seed, Router.load())
-    print(table({way: side.all(way, asked) for way in WAYS}))
+    print(table(side.all(asked)))
 
 
 if __name__ == "__main__":

@@ -337,7 +337,10 @@ def test_a_question_too_long_is_refused_before_it_is_asked() -> None:
 
 
 def test_an_objection_of_the_template_is_the_clients_to_mend() -> None:
-    template = "{% if messages | length > 1 %}{{ raise_exception('one at a time') }}{% endif %}{{ messages[0].content }}"
+    template = (
+        "{% if messages | length > 1 %}{{ raise_exception('one at a time') }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
     app = create_app(house_of(says("x"), template=template))
     two = [{"role": "user", "content": "secret"}] * 2
     answer = call(app, "POST", "/v1/chat/completions", {"messages": two})
@@ -624,8 +627,8 @@ def test_langchain_asks_a_real_model(server: Running) -> None:
 
 
 def test_many_clients_at_once_get_their_own_answers(server: Running, host: Host) -> None:
-    """More than there are slots, each the answer that it gets alone. (The seeds are not among the few for which
-    the rounding of a bigger batch decides.)"""
+    """More than there are slots, each the answer that it gets alone. (The seeds are not among the few for
+    which the rounding of a bigger batch decides.)"""
     httpx = pytest.importorskip("httpx")
 
     async def one(client: Any, seed: int) -> str:
@@ -683,8 +686,7 @@ def test_a_client_that_leaves_frees_its_slot_at_once(server: Running, host: Host
         link = raw(server.port, http("/v1/chat/completions", body))
         if stream:
             assert b"200 OK" in link.recv(100)
-        else:
-            server.run(_until(lambda: host.figures().open == 4))
+        server.run(_until(lambda: host.figures().in_use == 4))
         link.close()
         server.run(_until(lambda: host.figures().open == 0 and host.figures().in_use == 0))
         assert host.figures().cancelled > before

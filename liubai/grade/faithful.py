@@ -36,8 +36,8 @@ MAX_PASSAGE = 200_000  #: characters
 SUPPORTED = 0.5  #: least score of a summary that the passage supports
 
 #: What a finding costs, in log odds; a kind counts :data:`MOST` times at most. ``share`` is the cost of a
-#: summary all of whose content words are unsupported. ``python -m bench.faithful --fit`` fits them again; only
-#: a relation, too rare there to be fitted, is half of the bound by decision.
+#: summary all of whose content words are unsupported. ``python -m bench.faithful --fit`` fits them again;
+#: only a relation, too rare there to be fitted, is half of the bound by decision.
 WEIGHTS = {
     "number": 1.47,
     "date": 1.47,
