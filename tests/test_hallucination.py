@@ -173,9 +173,8 @@ def test_other_families_have_no_passages() -> None:
 def told_of(rate: float | None, worse: float | None = None, answer_rate: float = 1.0) -> dict[str, Any]:
     told: dict[str, Any] = {"rate": rate, "interval": [0.1, 0.3], "answer_rate": answer_rate}
     if worse is not None:
-        told["compared"] = {
-            "label": "Base", "documents": 50, "rate": rate, "other": 0.1, "worse": worse, "interval": [0.0, 0.1]
-        }  # fmt: skip
+        against = {"label": "Base", "documents": 50, "rate": rate, "other": 0.1, "interval": [0.0, 0.1]}
+        told["compared"] = against | {"worse": worse}
     return told
 
 
@@ -258,15 +257,15 @@ def test_a_gate_stops_the_run_and_keeps_what_it_measured(tmp_path: Path, scripte
     assert (worse.folder / "metrics.jsonl").exists()
     inputs = {"tidy": models["tidy"], "before": first.folder}
     stage.run(stage.Config(limit=100, worse_by=0.05), Context(tmp_path / "6-tidy", 0, inputs, Silent()))
-    with pytest.raises(UserError, match="at_most is 10.0%"):
-        other = Context(tmp_path / "7-x", 0, {"tidy": models["tidy"]}, Silent())
-        stage.run(stage.Config(limit=100, at_most=0.1), other)
-    with pytest.raises(UserError, match="judged other documents"):
-        fewer = Context(tmp_path / "8-x", 0, inputs, Silent())
-        stage.run(stage.Config(limit=50, worse_by=0.05), fewer)
-    with pytest.raises(UserError, match="needs a hallucination stage to compare with"):
-        alone = Context(tmp_path / "9-x", 0, {"tidy": models["tidy"]}, Silent())
-        stage.run(stage.Config(worse_by=0.05), alone)
+    alone = {"tidy": models["tidy"]}
+    for config, parents, sentence in (
+        (stage.Config(limit=100, at_most=0.1), alone, "at_most is 10.0%"),
+        (stage.Config(limit=50, worse_by=0.05), inputs, "judged other documents"),
+        (stage.Config(worse_by=0.05), alone, "needs a hallucination stage to compare with"),
+    ):
+        context = Context(tmp_path / "7-x", 0, parents, Silent())
+        with pytest.raises(UserError, match=sentence):
+            stage.run(config, context)
 
 
 @pytest.mark.usefixtures("quiet")

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ from liubai.rollout.writer import Piece
 from liubai.seeds import stream
 from liubai.serve import host as host_module
 from liubai.serve.host import Busy, Host, HostDied
-from liubai.serve.inside import LONGEST, REPORT, Outbox, problem_of
+from liubai.serve.inside import LONGEST, REPORT, Inside, Outbox, Settings, problem_of
 from liubai.serve.load import Moving
 from liubai.serve.wire import NOTE, PIECES, Frames, Pieces, Written, note, pack, unpack
 from liubai.stages.scoring import CALIBRATION, Preference, Process
@@ -339,6 +340,11 @@ def test_judges_say_what_they_say_in_this_process(
     assert liked == pytest.approx(Preference(folders["preference"], device)(pairs), abs=1e-4)
     assert checked == pytest.approx(Process(folders["process"], device)(pairs), abs=1e-4)
     assert host.judges() == {"preference", "process"}
+    # more than the socket takes at once; a thought is nothing to a reward model
+    thought = "1 " * 500_000
+    (same,) = loop.run(host.judge("preference", [(QUESTION, f"{thought}</think> <answer> 7 </answer>")]))
+    (wanted,) = loop.run(host.judge("preference", [(QUESTION, "</think> <answer> 7 </answer>")]))
+    assert same == pytest.approx(wanted, abs=1e-5)
 
 
 def test_beams_are_those_of_beam_search(
@@ -514,6 +520,37 @@ def test_a_process_dies_with_its_parent(folders: dict[str, Path]) -> None:
     finally:
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_nothing_is_left_of_what_ended_or_was_withdrawn(folders: dict[str, Path]) -> None:
+    """The loop of the process, in this one."""
+    ours, theirs = socket.socketpair()
+    judges = {"preference": str(folders["preference"])}
+    with ours, theirs:
+        inside = Inside(theirs, Settings(str(folders["model"]), 2, 99, "cpu", 1, judges))
+        fields = [[5, 6, 7], 9, 0, 1.0, 1.0, [], 2]
+        for start in (0, 10):
+            for stream in range(start, start + 4):
+                inside._obey("write", stream, stream % 2 == 0, *fields)
+            for stream in range(start + 4, start + 6):
+                inside._obey("beams", stream, 2, *fields)
+            inside._obey("judge", start + 6, "preference", [[QUESTION, "7"]])
+            inside.outbox.pass_on(inside.engine, inside._step())
+            inside._search()
+        assert inside.outbox.streams()
+        for stream in range(10, 20):
+            inside._obey("cancel", stream)
+        while inside.engine.pending or inside.asked or inside.searches or inside.judging:
+            inside.outbox.pass_on(inside.engine, inside._step())
+            inside._search()
+            inside._judge()
+        box = inside.outbox
+        assert not (box.streams() or box._heard or box._new or box._curious)
+        said = Frames().feed(ours.recv(1 << 20))
+        ended = [stream for kind, body in said if kind == PIECES for stream, _ in unpack(body).ended]
+        notes = [json.loads(body)[:2] for kind, body in said if kind == NOTE]
+        assert sorted(ended) == [0, 1, 2, 3]
+        assert sorted(notes) == [["beams", 4], ["beams", 5], ["scores", 6]]
 
 
 # ---- the wire ----

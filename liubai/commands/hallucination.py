@@ -56,11 +56,11 @@ def hallucination(
     if not folders and not is_rows(problems):
         raise UserError("name a checkpoint, or --problems FILE.jsonl whose rows have a 'summary'")
     asked = documents(problems, limit, seed)
-    found: dict[str, list[measure.Summary]] = {}
+    found: list[tuple[str, list[measure.Summary]]] = []
     with progress_bar("summarising" if folders else "judging") as progress:
         shown = None if as_json else progress
         for folder in folders:
-            found[str(folder)] = summarised(
+            written = summarised(
                 folder,
                 asked,
                 judge,
@@ -71,25 +71,24 @@ def hallucination(
                 compute=_compute(device),
                 progress=shown,
             )
+            found.append((str(folder), written))
         if not folders:
             if not any(document.summary for document in asked):
                 raise UserError(
                     f"the rows of '{problems}' have no 'summary'; name a checkpoint to write them"
                 )
             said = [measure.Summary(d, measure.said_in(d.summary, d.passage)) for d in asked]
-            found[problems] = judged(said, judge, shown)
+            found.append((problems, judged(said, judge, shown)))
     results: list[dict[str, Any]] = []
-    for name, summaries in found.items():
+    for name, summaries in found:
         told: dict[str, Any] = {"name": name, "problems": problems, "scorer": scorer}
         told |= measure.figures(summaries)
         if results:
-            first = next(iter(found.values()))
-            told["compared"] = measure.compare(
-                [s.hallucinated for s in summaries], [s.hallucinated for s in first], seed
-            )
+            ours, first = ([s.hallucinated for s in some] for some in (summaries, found[0][1]))
+            told["compared"] = measure.compare(ours, first, seed)
         results.append(told)
     if out:
-        rows = [{"name": name} | measure.record(s) for name, summaries in found.items() for s in summaries]
+        rows = [{"name": name} | measure.record(s) for name, summaries in found for s in summaries]
         write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     if as_json:
         print(json.dumps(results[0] if len(results) == 1 else {"results": results}, ensure_ascii=False))

@@ -182,7 +182,7 @@ def wilson(count: int, n: int, z: float = Z) -> tuple[float, float]:
     p = count / n
     middle, scale = p + z * z / (2 * n), 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    return (middle - half) / scale if count else 0.0, (middle + half) / scale if count < n else 1.0
 
 
 def record(summary: Summary) -> dict[str, Any]:

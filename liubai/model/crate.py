@@ -67,7 +67,8 @@ class SparseCode(nn.Module):
         seen = self.dictionary(y)  # Dᵀy is needed twice
         first = (STEP * (seen - THRESHOLD)).relu()
         again = self.dictionary(self.back(first))
-        return (first + STEP * (seen - again - THRESHOLD)).relu()
+        second: Tensor = (first + STEP * (seen - again - THRESHOLD)).relu()
+        return second
 
     def back(self, code: Tensor) -> Tensor:
         """D a: what the code stands for, ``[..., D]``."""
