@@ -250,13 +250,15 @@ class Terminal:
 
 
 class Screen:
-    """An answer as it grows: the thought dimmed (or not at all), the answer, and then what there was to it."""
+    """An answer as it grows: the thought dimmed (or not at all), the answer, and then what there was to
+    it."""
 
     def __init__(self, thought: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self.thought, self.clock = thought, clock
         self.dim, self.plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
         self.content = ""
-        self._began, self._line, self._thinks, self._paths = clock(), False, False, 0
+        self._began, self._paths = clock(), 0
+        self._line = self._thinks = self._said = False
 
     def show(self, event: Event) -> None:
         if isinstance(event, Started) and event.route is not None:
@@ -272,6 +274,8 @@ class Screen:
         elif isinstance(event, Ended):
             self._close()
             self._new_line()
+            if not self._said:
+                print(flush=True)  # an answer is a line, also when there is nothing in it
             self._sum_up(event.summary or {}, event.finish)
 
     def stopped(self) -> None:
@@ -322,15 +326,14 @@ class Screen:
             self._note("; ".join(said))
 
     def _note(self, text: str) -> None:
+        """For a reader at the terminal; another program is given the answer alone."""
         self._new_line()
         if self.dim:
             print(f"{self.dim}[{text}]{self.plain}", flush=True)
-        else:  # not among what is read by others
-            print(f"[{text}]", file=sys.stderr, flush=True)
 
     def _print(self, text: str) -> None:
         print(text, end="", flush=True)
-        self._line = not text.endswith("\n")
+        self._line, self._said = not text.endswith("\n"), True
 
     def _new_line(self) -> None:
         if self._line:

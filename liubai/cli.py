@@ -277,7 +277,7 @@ def evaluate(
             seed=seed,
             progress=None if as_json else progress,
             compute=_compute(device),
-            way=way,
+            **({"way": way} if way else {}),
         )
     result = {"problems": problems, **result}
     print(json.dumps(result, ensure_ascii=False) if as_json else _table(result))

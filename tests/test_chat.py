@@ -1,63 +1,259 @@
-"""A thought and its answer, as they grow in the terminal."""
+"""The terminal: what can be set, how an answer grows on the screen, and how one leaves."""
 
 from __future__ import annotations
 
+import asyncio
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from serving import ScriptedWriter, house_of, says, tokenizer
 
-from liubai.chat import show, split_thought
+from liubai.chat import HELP, Screen, Settings, Terminal
+from liubai.rollout.engine import Request
+from liubai.serve.events import ChoiceSaid, Ended, Event, PathSaid, Started
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class Served(ScriptedWriter):
+    async def serve(self) -> None:
+        await asyncio.Event().wait()
+
+
+def talk(
+    monkeypatch: pytest.MonkeyPatch,
+    lines: Sequence[str | type[BaseException]],
+    writer: ScriptedWriter | None = None,
+) -> tuple[Terminal, ScriptedWriter]:
+    """Type these lines; what is a kind of exception is raised at the prompt."""
+    left = list(lines)
+
+    def ask(prompt: str) -> str:
+        print(prompt, end="")
+        line = left.pop(0) if left else EOFError
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", ask)
+    found = writer or says("hm</think>hello")
+    found.__class__ = Served
+    chat = Terminal(house_of(found), found, Settings())  # type: ignore[arg-type]
+    chat.run()
+    return chat, found
+
+
+# ---- what can be set ----
 
 
 @pytest.mark.parametrize(
-    ("text", "prefilled", "complete", "expected"),
+    ("line", "field", "value"),
     [
-        ("try 3 </think> <answer> 7", "<think>", False, ("try 3 ", "<answer> 7")),
-        ("try 3", "<think>", False, ("try 3", "")),
-        ("try 3 </thi", "<think>", False, ("try 3 ", "")),
-        ("try 3 </thi", "<think>", True, ("try 3 </thi", "")),
-        ("<think> a </think> b", "", True, ("a ", "b")),
-        ("<thin", "", False, ("", "")),
-        ("7 < 8", "", False, ("", "7 < 8")),
-        ("7 <", "", True, ("", "7 <")),
-        ("b", "<think> </think>", True, ("", "b")),
-        ("half a charact\ufffd", "<think>", False, ("half a charact", "")),
+        ("think off", "think", False),
+        ("budget 20", "budget", 20),
+        ("budget none", "budget", None),
+        ("atleast 5", "at_least", 5),
+        ("paths vote:3", "paths", "vote:3"),
+        ("route auto", "route", "auto"),
+        ("route none", "route", None),
+        ("tools calculator, python", "tools", ("calculator", "python")),
+        ("tools none", "tools", ()),
+        ("temperature 0.25", "temperature", 0.25),
+        ("tokens 9", "max_tokens", 9),
+        ("show off", "show", False),
+        ("keep on", "keep", True),
     ],
 )
-def test_a_thought_and_its_answer(
-    text: str, prefilled: str, complete: bool, expected: tuple[str, str]
+def test_a_command_sets(line: str, field: str, value: Any) -> None:
+    settings = Settings()
+    name, _, text = line.partition(" ")
+    assert settings.set(name, text) is None
+    assert getattr(settings, field) == value
+    assert name in HELP
+    assert f"/{name} " in settings.described()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("think maybe", "say /think on, or /think off"),
+        ("budget many", "'many' is no whole number"),
+        ("paths vote:x", "paths 'vote:x'"),
+        ("paths vite", "did you mean 'vote'?"),
+        ("route fst", "say one of auto, fast, think, tool, none"),
+        ("tools calcluator", "did you mean 'calculator'?"),
+        ("temperature hot", "from 0 to 2"),
+        ("temperature nan", "from 0 to 2"),
+        ("thnik on", "there is no command /thnik"),
+    ],
+)
+def test_a_wrong_command_changes_nothing_and_says_why(line: str, said: str) -> None:
+    settings = Settings()
+    name, _, text = line.partition(" ")
+    wrong = settings.set(name, text)
+    assert wrong is not None
+    assert said in wrong
+    assert settings == Settings()
+
+
+def test_the_settings_are_those_of_the_api() -> None:
+    settings = Settings(think=False, budget=7, paths="best:3:process", tools=("calculator",), route="think")
+    request = settings.request([{"role": "user", "content": "x"}], 0)
+    assert (request.thinks(), request.budget(100), request.route) == (False, 7, "think")
+    paths = request.way_of_paths()
+    assert (paths.kind, paths.n, paths.judge) == ("best", 3, "process")
+    assert request.seed != settings.request([{"role": "user", "content": "x"}], 1).seed
+
+
+# ---- a talk ----
+
+
+def test_questions_stand_alone_unless_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert split_thought(text, prefilled, complete) == expected
+    lines = ["one", "two", "/keep on", "three", "four", "/keep on", "five", "/settings", "/help", "/nope"]
+    chat, writer = talk(monkeypatch, lines)
+    prompts = [writer.tokenizer.decode(request.prompt_ids) for request in writer.requests]
+    asked = [
+        [word for word in ("one", "two", "three", "four", "five") if word in prompt] for prompt in prompts
+    ]
+    assert asked == [["one"], ["two"], ["three"], ["three", "four"], ["five"]]
+    assert "hello" in prompts[3]  # its own answer
+    assert len({request.seed for request in writer.requests}) == 5
+    printed = capsys.readouterr()
+    assert printed.out.count("hm\nhello\n") == 5
+    assert "/keep on" in printed.out
+    assert HELP in printed.out
+    assert printed.err == "there is no command /nope; /help lists them\n"
+    assert printed.out.endswith("> \n")
+    assert chat.turn == 5
 
 
-pieces = st.lists(st.sampled_from([*"<thinkab /> 留\ufffd", "<think>", "</think>"]), max_size=12)
-
-
-@given(pieces, st.sampled_from(["", "<think>", "<think> </think>"]), st.booleans())
-def test_what_is_shown_is_never_taken_back(pieces: list[str], prefilled: str, complete: bool) -> None:
-    """Shown token by token or all at once, the same text stands on the screen."""
-    text = "".join(pieces).rstrip()
-    thought, answer = "", ""
-    for end in range(len(text)):
-        new = split_thought(text[:end], prefilled, False)
-        thought, answer = max(thought, new[0], key=len), max(answer, new[1], key=len)
-    final = split_thought(text, prefilled, True)
-    assert final[0].startswith(thought.rstrip("\ufffd "))
-    assert final[1].startswith(answer.rstrip("\ufffd "))
-
-
-def test_a_thought_is_dimmed_or_hidden(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_calculator_and_a_switched_off_thought(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["try", " 3", " </think>", " <answer>", " 7"]
-    texts = [("".join(words[: i + 1]), i == len(words) - 1) for i in range(len(words))]
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    show(texts, "<think>", show_thinking=True)
-    assert capsys.readouterr().out == ("\x1b[2mtry\x1b[0m\x1b[2m 3\x1b[0m\x1b[2m \x1b[0m\n<answer> 7\n")
-    show(texts, "<think>", show_thinking=False)
-    assert capsys.readouterr().out == "\x1b[2mthinking…\x1b[0m\n<answer> 7\n"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    show(texts, "<think>", show_thinking=False)
-    assert capsys.readouterr().out == "<answer> 7\n"
+    writer = says("plain")
+    talk(
+        monkeypatch,
+        ["/route auto", "what is 6 * 7?", "/route none", "/think off", "x", "/quit", "never"],
+        writer,
+    )
+    (request,) = writer.requests
+    assert writer.tokenizer.decode(request.prompt_ids).endswith("</think>\n\n")
+    out = capsys.readouterr().out
+    assert "6 × 7 = 42\n" in out
+    assert "plain\n" in out
+
+
+def test_what_cannot_be_asked_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk(monkeypatch, ["/paths best", "x", "/paths sample", "long " * 5000, "y"])
+    printed = capsys.readouterr()
+    first, second = printed.err.splitlines()
+    assert "needs a model that judges" in first
+    assert second.startswith("the question has ")
+    assert "hello" in printed.out  # and it goes on
+
+
+def test_ctrl_c_stops_an_answer_and_twice_leaves(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    writer = says("hm</think>hello", held=interrupted, size=1)
+    chat, _ = talk(monkeypatch, ["x", KeyboardInterrupt, "never"], writer)
+    assert len(writer.requests) == 1
+    assert chat.turn == 0
+    assert writer.in_use == 0
+    talk(monkeypatch, [KeyboardInterrupt, "y", KeyboardInterrupt, KeyboardInterrupt, "never"])
+    printed = capsys.readouterr()
+    assert printed.err.count("Ctrl-C again, or Ctrl-D, leaves") == 2
+    assert "hello" in printed.out
+
+
+# ---- the screen ----
+
+
+def shown(events: Sequence[Event], *, thought: bool = True, tty: bool = True) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.stdout, "isatty", lambda: tty, raising=False)
+        screen = Screen(thought, lambda: 0.0)
+        for event in events:
+            screen.show(event)
+
+
+SUMMARY: dict[str, Any] = {
+    "thinking": {"tokens": 12, "seconds": 1.25, "forced": True},
+    "paths": {"chosen": 0, "tokens": 20, "list": [{}]},
+    "tools": [{"name": "calculator", "input": "6*7", "output": "42"}],
+}
+GROWN = [
+    ChoiceSaid(0, "reasoning", "try"),
+    ChoiceSaid(0, "reasoning", " 3"),
+    ChoiceSaid(0, "content", "it is"),
+    ChoiceSaid(0, "content", " 7"),
+    Ended(0, "length", None, SUMMARY),
+]
+
+
+def test_a_thought_is_dimmed_with_its_length_and_time(capsys: pytest.CaptureFixture[str]) -> None:
+    shown(GROWN)
+    assert capsys.readouterr().out == (
+        f"{DIM}try{PLAIN}{DIM} 3{PLAIN}\nit is 7\n"
+        f"{DIM}[calculator: 6*7 → 42]{PLAIN}\n"
+        f"{DIM}[thought 12 tokens, 1.2 s, closed by its budget; cut off: it had no more tokens]{PLAIN}\n"
+    )
+
+
+def test_a_thought_may_be_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+    shown(GROWN, thought=False)
+    out = capsys.readouterr().out
+    assert out.startswith(f"{DIM}[thinking…]{PLAIN}\nit is 7\n")
+    assert "try" not in out
+
+
+def test_another_program_gets_texts_only(capsys: pytest.CaptureFixture[str]) -> None:
+    shown(GROWN, thought=False, tty=False)
+    assert capsys.readouterr().out == "it is 7\n"
+    shown([Ended(0, "stop", None, {})], tty=False)
+    assert capsys.readouterr().out == "\n"
+    shown(GROWN, tty=False)
+    assert capsys.readouterr().out == "try 3\nit is 7\n"
+
+
+def test_the_way_and_the_vote_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    served = house_of(says("x")).find(None)
+    vote = {
+        "thinking": {"tokens": 0},
+        "paths": {
+            "chosen": 1,
+            "tokens": 30,
+            "list": [{"votes": 1, "score": None}, {"votes": 2, "score": None}, {"votes": 2, "score": None}],
+        },
+    }
+    events = [
+        Started(served, 3, {"way": "think", "why": "it is hard"}),
+        PathSaid(0, "content", "a"),
+        PathSaid(2, "content", "b"),
+        ChoiceSaid(0, "content", "b"),
+        Ended(0, "stop", None, vote),
+    ]
+    shown(events)
+    out = capsys.readouterr().out
+    assert out.startswith(f"{DIM}[think: it is hard]{PLAIN}\n")
+    assert f"\r{DIM}3 paths, 0.0 s{PLAIN}\nb\n" in out
+    assert out.endswith(f"{DIM}[path 2 of 3, 2 votes, 30 tokens]{PLAIN}\n")
+
+
+def test_a_scripted_writer_stops_where_it_is_told() -> None:
+    """What these tests stand on."""
+    writer = says("a b c")
+    ids = writer.tokenizer.encode("a b c")
+    request = Request(id=0, prompt_ids=(1,), max_tokens=50, seed=0, stop_ids=(ids[-1],))
+    sample = asyncio.run(writer.write(request))
+    assert list(sample.completion_ids) == ids
+    assert tokenizer().decode(sample.completion_ids) == "a b c"

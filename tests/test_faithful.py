@@ -176,12 +176,13 @@ def test_as_a_verifier_it_scores_between_0_and_1() -> None:
         assert score(empty) == 0.0
 
 
-def test_saying_little_and_copying_can_be_made_to_cost() -> None:
+def test_copying_costs_and_saying_little_can_be_made_to() -> None:
     short, whole = "Anna Smith led 25 people.", ENGLISH
-    assert faithful(ENGLISH, short, {}) == faithful(ENGLISH, whole, {}) == 1.0
+    assert faithful(ENGLISH, short, {}) == 1.0
+    assert faithful(ENGLISH, whole, {}) == pytest.approx(0.75)
     told = judge(ENGLISH, short).told
     assert faithful(ENGLISH, short, {"covers": 0.5}) == pytest.approx(told / 0.5)
-    assert faithful(ENGLISH, whole, {"covers": 0.5}) == 1.0
+    assert faithful(ENGLISH, whole, {"covers": 0.5, "words": 100}) == 1.0
     assert faithful(ENGLISH, whole, {"words": 10}) == pytest.approx(10 / word_count(whole))
     assert faithful(ENGLISH, short, {"words": 10}) == 1.0
 

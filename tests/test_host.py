@@ -545,7 +545,7 @@ def test_nothing_is_left_of_what_ended_or_was_withdrawn(folders: dict[str, Path]
             inside._search()
             inside._judge()
         box = inside.outbox
-        assert not (box.streams() or box._heard or box._new or box._curious)
+        assert not any((box.streams(), box._heard, box._new, box._curious))
         said = Frames().feed(ours.recv(1 << 20))
         ended = [stream for kind, body in said if kind == PIECES for stream, _ in unpack(body).ended]
         notes = [json.loads(body)[:2] for kind, body in said if kind == NOTE]

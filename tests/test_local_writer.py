@@ -84,8 +84,9 @@ def test_what_is_heard_is_the_answer() -> None:
 
 
 def test_answers_that_lead_to_answers_are_written_together() -> None:
-    """A chain of twenty waits next to eight others costs no more steps than the longest of them needs."""
-    writer = writer_of()
+    """What follows an answer is asked for before the next step: five times four tokens beside one answer of
+    twenty are twenty steps, through however many tasks the news of an answer goes."""
+    writer = writer_of(slots=16)
     steps = 0
     step = writer.engine.step
 
@@ -103,7 +104,10 @@ def test_answers_that_lead_to_answers_are_written_together() -> None:
             total += sum(len(p.completion_ids) for p in parts)
         return total
 
-    assert run(writer, [chain(i) for i in range(4)]) == [28] * 4
+    async def long() -> int:
+        return len((await writer.write(endless(9, 20))).completion_ids)
+
+    assert run(writer, [*(chain(i) for i in range(4)), long()]) == [28, 28, 28, 28, 20]
     assert steps == 20
 
 

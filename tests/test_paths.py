@@ -28,7 +28,7 @@ from liubai.recipe.recipe import load_recipe
 from liubai.rollout.engine import Request, generate
 from liubai.rollout.local import LocalWriter, run
 from liubai.rollout.paths import Outcome, PathsConfig, answer, ballot, elect
-from liubai.rollout.thinking import Ask, Path, Spent, path_of
+from liubai.rollout.thinking import Ask, Path, Spent, go_on, path_of
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.rollout.tree import Node, TreeSearch, TreeSettings, step_ids
 from liubai.rollout.writer import Heard, Judge, Piece
@@ -469,9 +469,18 @@ def test_priors_are_how_often_a_step_was_drawn() -> None:
     for node in nodes_of(search):
         if node.children:
             assert sum(c.prior for c in node.children) == pytest.approx(1.0)
-            assert all(c.prior * 8 == int(c.prior * 8) for c in node.children)
+            drawn = asyncio.run(steps_from(node, 8))
+            assert [c.prior for c in node.children] == [drawn[c.draft.ids] / 8 for c in node.children]
             texts = [WORDS.decode(c.draft.ids) for c in node.children]
             assert len(set(texts)) == len(texts)
+
+
+async def steps_from(node: Node, n: int) -> Counter[tuple[int, ...]]:
+    """The same draws once more."""
+    seeds = [derive(ask().seed, "tree", *node.key, i) for i in range(n)]
+    ends = step_ids(WORDS)
+    drafts = [await go_on(Maze(), ask(), node.draft, s, Spent(), step_ids=ends, most=64) for s in seeds]
+    return Counter(draft.ids for draft in drafts)
 
 
 def test_no_token_is_written_twice() -> None:

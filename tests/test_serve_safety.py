@@ -1,4 +1,4 @@
-"""What a client may not do: come in without a key, take too much, wait for ever, or learn what it should not."""
+"""What a client may not do: come in without a key, take too much, wait for ever, learn what it should not."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from serving import Answer, call, call_async, chat, house_of, http, raw, running, says
 
+from liubai import cli
 from liubai.commands import serve as command
 from liubai.errors import UserError
 from liubai.model.checkpoint import save_checkpoint
@@ -398,7 +400,7 @@ def test_an_error_of_ours_tells_nothing(stream: bool, caplog: pytest.LogCaptureF
     writer.say = broken
     app = create_app(house_of(writer))
     with caplog.at_level(logging.DEBUG):
-        answer = chat(app, "my password is 1234", stream=stream)
+        answer = chat(app, "open sesame", stream=stream)
     assert answer.status == (200 if stream else 500)
     told = answer.body.decode()
     error = json.loads(told.split("\n\n")[-2].removeprefix("data: "))["error"] if stream else answer.error
@@ -410,7 +412,7 @@ def test_an_error_of_ours_tells_nothing(stream: bool, caplog: pytest.LogCaptureF
     }
     logged = caplog.text
     assert "Secret" in logged  # the kind of error, for whoever runs the server
-    for hidden in ("1234", "/home/user", "Traceback"):
+    for hidden in ("sesame", "/home/user", "Traceback"):
         assert hidden not in told
         assert hidden not in logged
 
@@ -418,10 +420,10 @@ def test_an_error_of_ours_tells_nothing(stream: bool, caplog: pytest.LogCaptureF
 def test_nothing_of_a_question_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     app = create_app(house_of(says("</think>the answer is xyzzy")))
     with caplog.at_level(logging.DEBUG):
-        chat(app, "my password is 1234")
-        call(app, "POST", CHAT, b'{"messages": "my password is 1234"}')
-        chat(app, "my password is 1234", model="my password is 1234")
-    assert "1234" not in caplog.text
+        chat(app, "open sesame")
+        call(app, "POST", CHAT, b'{"messages": "open sesame"}')
+        chat(app, "open sesame", model="open sesame")
+    assert "sesame" not in caplog.text
     assert "xyzzy" not in caplog.text
 
 
@@ -447,6 +449,19 @@ def test_what_a_client_may_know_of_an_error(error: Exception, status: int, retry
 # ---- over a real socket ----
 
 
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def until(link: socket.socket, end: bytes) -> bytes:
+    """What comes up to ``end``."""
+    data = b""
+    while end not in data:
+        part = link.recv(1 << 16)
+        assert part, data
+        data += part
+    return data
+
+
 def test_heads_and_bodies_that_come_slowly_are_cut_off() -> None:
     """Slowloris: a connection costs little, but there must not be thousands that never end."""
     with running(house_of(says(ANSWER)), limits=Limits(header_s=0.3, body_s=0.3, connections=20)) as server:
@@ -459,18 +474,16 @@ def test_heads_and_bodies_that_come_slowly_are_cut_off() -> None:
                 break
         for link in (silent, half, again):
             link.settimeout(5)
-            try:
+            with suppress(ConnectionResetError):
                 assert link.recv(1000) == b""
-            except ConnectionResetError:
-                pass
         slow = raw(server.port, http(CHAT, b"x" * 100)[:-50])
         assert slow.recv(1000).startswith(b"HTTP/1.1 408")
         # one that has asked may ask again
-        kept = raw(server.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert kept.recv(2000).startswith(b"HTTP/1.1 200")
+        kept = raw(server.port, HEALTH)
+        assert until(kept, b"}}").startswith(b"HTTP/1.1 200")
         time.sleep(0.5)
-        kept.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert b"HTTP/1.1 200" in kept.recv(4000)
+        kept.sendall(HEALTH)
+        assert until(kept, b"}}").startswith(b"HTTP/1.1 200")
         many = [raw(server.port, b"") for _ in range(40)]
         time.sleep(0.1)
         cut_off = 0
@@ -498,10 +511,8 @@ def test_what_is_no_http_does_not_stop_the_server() -> None:
         ):
             link = raw(server.port, data)
             link.settimeout(0.5)
-            try:
+            with suppress(TimeoutError, ConnectionResetError):
                 assert b" 500 " not in link.recv(1000)
-            except (TimeoutError, ConnectionResetError):
-                pass
             link.close()
         fine = raw(server.port, http(CHAT, HELLO))
         assert fine.recv(1000).startswith(b"HTTP/1.1 200")
@@ -598,7 +609,7 @@ def test_serve_says_where_it_is_and_ends_cleanly(checkpoint: Path) -> None:
     found = re.fullmatch(r"serving zero at http://127\.0\.0\.1:(\d+) \(Ctrl-C stops it\)\n", ready)
     assert found is not None
     port = int(found[1])
-    assert raw(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").recv(100).startswith(b"HTTP/1.1 200")
+    assert raw(port, HEALTH).recv(100).startswith(b"HTTP/1.1 200")
     link = raw(port, http(CHAT, {**HELLO, "stream": True, "max_tokens": 200, "think_at_least": 200}))
     assert b"200 OK" in link.recv(20)
     process.send_signal(signal.SIGTERM)
@@ -606,13 +617,18 @@ def test_serve_says_where_it_is_and_ends_cleanly(checkpoint: Path) -> None:
     assert events[-1] == "[DONE]" or "shutting_down" in events[-1]
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (0, "", "")
-    taken = listen("127.0.0.1", 0)
-    taken.listen()
-    number = taken.getsockname()[1]
-    process = liubai("serve", str(checkpoint), "--port", str(number), "--device", "cpu")
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (2, "")
-    assert err == f"liubai: port {number} is in use; choose another with --port, or --port 0 for a free one\n"
+
+
+def test_a_port_in_use_is_named(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        taken.listen()
+        number = taken.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["liubai", "serve", str(checkpoint), "--port", str(number)])
+        assert cli.main() == 2
+    said = f"liubai: port {number} is in use; choose another with --port, or --port 0 for a free one\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(
@@ -634,8 +650,6 @@ def test_mistakes_of_serve_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from liubai import cli
-
     monkeypatch.delenv("LIUBAI_API_KEY", raising=False)
     monkeypatch.setattr(sys, "argv", ["liubai", "serve", str(checkpoint), "--port", "0", *options])
     assert cli.main() == 2
@@ -647,8 +661,6 @@ def test_mistakes_of_serve_are_one_line(
 def test_without_the_extra_serve_says_what_to_install(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from liubai import cli
-
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["liubai", "serve", str(checkpoint)])
     assert cli.main() == 2
@@ -661,8 +673,8 @@ def test_without_the_extra_serve_says_what_to_install(
 
 
 def test_schemathesis_finds_no_error_of_the_server() -> None:
-    """Requests made from the description, right ones and wrong ones: no 5xx, and answers of the shapes that it
-    describes."""
+    """Requests made from the description, right and wrong ones: no 5xx, and answers of the shapes
+    described."""
     schemathesis = pytest.importorskip("schemathesis", reason="needs schemathesis: install liubai[dev]")
     asked = 0
     with running(house_of(says(ANSWER))) as server:

@@ -2,8 +2,8 @@
 
 A summary may leave out; it may not add, change or turn round. What is looked for, in English and Chinese:
 
-- ``number``, ``date``: values that the passage does not have; ``relation``: it has the value, but never near
-  a word that it stands with here; ``count``: a small number in words, which may count what the passage lists.
+- ``number``, ``date``: values that the passage does not have; ``relation``: it has the value, but never
+  with a word that it stands beside here; ``count``: a small number in words, which may count what it lists.
 - ``name``: words with a capital that the passage does not have.
 - ``negation``: denied here and not there; ``affirmed``: the reverse; ``limit``: only, except, 只, 除 … where
   the passage has no such word near the same thing.
@@ -23,16 +23,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from liubai.grade.prose import Token, related, stem, tokens
 from liubai.grade.wordlists import OPPOSITES, OPPOSITES_ZH, PLACES, SURNAMES, SYNONYMS
 from liubai.problems.lexicon import COLOURS, NAMES, THINGS, translate
 
-NEAR = 8  #: tokens on either side that belong together
 SCOPE = 3  #: content words that a denial reaches
+OFTEN = 1000  #: places of one word that are looked at
 MAX_PASSAGE = 200_000  #: characters
+SHORTER = 0.75  #: of the passage's words a summary has at most
 SUPPORTED = 0.5  #: least score of a summary that the passage supports
 
 #: What a finding costs, in log odds; a kind counts :data:`MOST` times at most. ``share`` is the cost of a
@@ -90,7 +91,7 @@ class Judgement:
 
 def judge(passage: str, summary: str) -> Judgement:
     """Of a summary without any claim the score is 0. Raises ``ValueError`` for a passage that is empty or
-    longer than :data:`MAX_PASSAGE`. Time grows with the product of the two lengths at the very worst."""
+    longer than :data:`MAX_PASSAGE`. Time grows about as the lengths do."""
     if not passage.strip() or len(passage) > MAX_PASSAGE:
         raise ValueError(f"a passage has 1 to {MAX_PASSAGE:,} characters")
     facts = facts_in(passage)
@@ -109,9 +110,9 @@ def faithful(gold: str, answer: str, meta: Mapping[str, Any]) -> float:
     """How far the passage ``gold`` supports a summary, from 0 to 1: of a list of facts the share of what is
     said that is true, of prose 2^(−cost/:data:`BOUND`), so that ½ is the bound.
 
-    Alone it pays for saying little, and for copying. ``meta["covers"]`` (0 to 1, default 0) is the share of
-    the passage's facts or content words below which the score falls in proportion, ``meta["words"]`` (default
-    0: any) the number of words above which it does.
+    It pays for saying little: ``meta["covers"]`` (0 to 1, default 0) is the share of the passage's facts or
+    content words below which the score falls in proportion. And copies are no summaries: above
+    ``meta["words"]`` words (default 0: :data:`SHORTER` of the passage's) it falls, too.
     """
     covers, most = meta.get("covers", 0), meta.get("words", 0)
     if isinstance(covers, bool) or not isinstance(covers, int | float) or not 0 <= covers <= 1:
@@ -119,9 +120,9 @@ def faithful(gold: str, answer: str, meta: Mapping[str, Any]) -> float:
     if isinstance(most, bool) or not isinstance(most, int) or most < 0:
         raise ValueError(f"meta 'words' is a whole number from 0, not {most!r:.60}")
     found = judge(gold, answer)
-    length = word_count(answer)
+    most = most or SHORTER * word_count(gold)
     enough = min(1.0, found.told / covers) if covers else 1.0
-    return found.score * enough * (min(1.0, most / length) if most and length else 1.0)
+    return found.score * enough * min(1.0, most / max(1, word_count(answer)))
 
 
 def word_count(text: str) -> int:
@@ -235,14 +236,14 @@ class Passage:
             for n, j in enumerate(_scope(self.tokens, i))
             if n < 2 or self.tokens[j].kind == "han"
         }
+        self._sentence = list(accumulate(token.kind == "stop" for token in self.tokens))
         self.squeezed = _squeezed(text)  # "PowerPoint" is there when "power point" is
         self._places: dict[str, list[int]] = {}
 
     def places(self, stem: str) -> list[int]:
         """Where it has this word, in whatever form."""
         if stem not in self._places:
-            forms = [form for form in self._by_head.get(stem[:4], ()) if related(form, stem)]
-            self._places[stem] = sorted(i for form in forms for i in self.at[form])
+            self._places[stem] = sorted(i for form in self._forms(stem) for i in self.at[form])
         return self._places[stem]
 
     def where(self, token: Token) -> list[int]:
@@ -251,15 +252,23 @@ class Passage:
             return self.at.get(token.stem, [])
         return self.places(token.stem) or self.alike(token.stem)
 
+    def together(self, places: Iterable[int], others: Iterable[int]) -> bool:
+        """Is one of the places in one sentence (or line) with one of the others, or in the next?"""
+        near = {self._sentence[place] + step for place in places for step in (-1, 0, 1)}
+        return any(self._sentence[other] in near for other in others)
+
     def alike(self, stem: str) -> list[int]:
         """Where it has a synonym of this word."""
         return sorted(i for other in _SAME.get(stem, ()) for i in self.at.get(other, ()))
 
     def told(self, said: Sequence[Token]) -> float:
         """The share of its different content words (Han characters) and values that ``said`` has."""
-        mine = {t.stem for t in self.tokens if _counts(t)}
-        forms = {t.stem for t in said if _counts(t)}
-        return sum(any(related(f, m) for f in forms) for m in mine) / len(mine) if mine else 0.0
+        mine = {token.stem for token in self.tokens if _counts(token)}
+        found = {form for t in said if _counts(t) for form in self._forms(t.stem)}
+        return len(mine & found) / len(mine) if mine else 0.0
+
+    def _forms(self, stem: str) -> list[str]:
+        return [form for form in self._by_head.get(stem[:4], ()) if related(form, stem)]
 
 
 def _counts(token: Token) -> bool:
@@ -291,7 +300,9 @@ def findings(source: Passage, said: Sequence[Token]) -> list[Finding]:
             found += _affirmed(source, said, i)
         for flag, kind in (("denies", "negation"), ("limits", "limit")):
             scope = [said[j] for j in _scope(said, i)] if getattr(token, flag) else []
-            if scope and not any(_flagged(source, p, flag) for word in scope for p in source.where(word)):
+            if scope and not any(
+                _flagged(source, p, flag) for word in scope for p in source.where(word)[:OFTEN]
+            ):
                 found.append(Finding(kind, " ".join([token.text, *(word.text for word in scope)])))
     return found + _runs(source, said)
 
@@ -306,7 +317,7 @@ def _value(source: Passage, said: Sequence[Token], i: int) -> list[Finding]:
     if token.spelt:
         return []
     known = [(word, at) for word in _beside(said, i) if (at := source.where(word))]
-    if known and not any(abs(p - place) <= NEAR for _, at in known for p in at for place in places):
+    if known and not source.together(places, (p for _, at in known for p in at)):
         return [Finding("relation", f"{token.text} {known[-1][0].text}")]
     return []
 

@@ -199,7 +199,7 @@ def most(served: Served, limit: int | None, prompt: int, request: ChatRequest | 
     room = served.max_length - prompt
     if room < 1:
         raise bad(
-            f"the messages have {prompt} tokens; '{served.name}' takes {served.max_length - 1} at most",
+            f"the question has {prompt} tokens, the model takes {served.max_length}",
             "messages" if isinstance(request, ChatRequest) else "prompt",
             "context_length_exceeded",
         )

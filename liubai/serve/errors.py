@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import traceback
+from pathlib import Path
 from typing import Any
 
 from liubai.errors import UserError
@@ -99,5 +100,8 @@ def note(error: BaseException) -> None:
     """The kind of an error and the place in our code, for the log: no message, which may hold anything."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "liubai" in frame.filename] or frames
-    place = f"{ours[-1].name}, line {ours[-1].lineno}" if ours else "an unknown place"
+    last = ours[-1] if ours else None
+    place = "an unknown place"
+    if last is not None:
+        place = f"{Path(last.filename).stem}.{last.name}, line {last.lineno}"
     log.error("unexpected %s in %s", type(error).__name__, place)

@@ -76,7 +76,8 @@ class Guard:
 
         try:
             self._admit(scope, headers)
-            if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers and extra:
+            asks = scope["method"] == "OPTIONS" and b"access-control-request-method" in headers
+            if asks and self.origins:
                 await self._preflight(headers, told)
             else:
                 self._authorize(path, headers)

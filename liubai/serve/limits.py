@@ -47,8 +47,8 @@ class Gone(Exception):
 
 
 class Gate:
-    """Who is inside. ``closing``: nobody is let in any more. ``over``: whoever is still inside has waited long
-    enough."""
+    """Who is inside. ``closing``: nobody is let in any more. ``over``: whoever is still inside has waited
+    long enough."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.closing, self.over, self.inside = limits, False, False, 0
@@ -99,10 +99,9 @@ class Gate:
         self._watchers.add(over)
         if self.over:
             over.set_result(None)
+        all_of_them: list[asyncio.Future[Any]] = [doing, left, over]
         try:
-            await asyncio.wait(
-                [doing, left, over], timeout=self.limits.answer_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait(all_of_them, timeout=self.limits.answer_s, return_when=asyncio.FIRST_COMPLETED)
             if doing.done():
                 return doing.result()
             if left.done():
@@ -110,9 +109,9 @@ class Gate:
             raise stopping() if over.done() else TimeoutError
         finally:
             self._watchers.discard(over)
-            for task in (doing, left, over):
-                task.cancel()
-            await asyncio.gather(doing, left, over, return_exceptions=True)
+            for one in all_of_them:
+                one.cancel()
+            await asyncio.gather(*all_of_them, return_exceptions=True)
 
 
 async def _left(receive: Receive) -> None:
