@@ -10,9 +10,18 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from liubai.errors import UserError
 from liubai.learn.optim import Optimizer, warmup_decay
@@ -84,6 +93,12 @@ class Config(Trained):
     save_every: int = Field(100, gt=0, description="steps between resume points")
     #: steps after which a checkpoint is kept, for instruments that look at how the model came about
     snapshots: tuple[Annotated[int, Field(gt=0)], ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _asked(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without snapshots the key is left out: it changes nothing then."""
+        found: dict[str, Any] = write(self)
+        return found if self.snapshots else {k: v for k, v in found.items() if k != "snapshots"}
 
     @model_validator(mode="after")
     def _within(self) -> Config:
