@@ -1,9 +1,9 @@
 """``python -m bench.malformed URL [--count 10000]``: malformed requests to a server; only 4xx may come back.
 
-URL is that of ``liubai serve``, for example http://127.0.0.1:8000. Requests are mutants of good ones by a seeded
-generator: a byte cut out or put in, another type in some place, half a body, noise. A mutant that is still a
-good request is answered (with one token); everything else must be refused with OpenAI's error object. The
-server must be as healthy afterwards as before, and its memory is shown where /proc has it.
+URL is that of ``liubai serve``, for example http://127.0.0.1:8000. Requests are mutants of good ones by a
+seeded generator: a byte cut out or put in, another type in some place, half a body, noise. A mutant that is
+still a good request is answered (with one token); everything else must be refused with OpenAI's error object.
+The server must be as healthy afterwards as before, and its memory is shown where /proc has it.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from liubai import __version__
 from liubai.commands.attention import attention
 from liubai.commands.bridge import bridge
 from liubai.commands.chat import chat
+from liubai.commands.hallucination import hallucination
+from liubai.commands.scaling import scaling
 from liubai.commands.serve import serve
 from liubai.commands.whitebox import whitebox
 from liubai.errors import UserError
@@ -409,6 +411,8 @@ def report(
 app.command(epilog="Example: liubai chat runs/zero/3-zero/checkpoint --no-show-thinking")(chat)
 app.command(epilog="Example: liubai serve runs/r1/16-r1/checkpoint --port 8000")(serve)
 app.command(epilog="Example: liubai bridge runs/zero/3-zero/checkpoint --problems countdown")(bridge)
+app.command(epilog="Example: liubai hallucination runs/r1/16-r1/checkpoint --temperature 1")(hallucination)
+app.command(epilog="Example: liubai scaling runs/r1")(scaling)
 app.command(epilog="Example: liubai attention runs/zero/3-zero/checkpoint --problems countdown")(attention)
 app.command(epilog="Example: liubai whitebox runs/crate/5-crate/checkpoint --problems countdown")(whitebox)
 

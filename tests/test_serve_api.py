@@ -745,4 +745,5 @@ def test_a_request_is_read_the_same_in_all_its_forms() -> None:
     one = read(CompletionRequest, {"prompt": [1, 2], "stop": "a"})
     assert (one.prompts(), one.stops()) == ([[1, 2]], ("a",))
     assert read(CompletionRequest, {"prompt": [[1], [2]]}).prompts() == [[1], [2]]
+    assert read(ChatRequest, {"messages": ASKED, "n": 2.0}).n == 2  # an integer, by JSON Schema
     assert read(ChatRequest, {"messages": ASKED, "paths": "vote"}).way_of_paths().kind == "vote"

@@ -506,7 +506,8 @@ def test_what_is_no_http_does_not_stop_the_server() -> None:
             b"\r\n" * 1000,
             b"GET " + b"a" * 100_000 + b" HTTP/1.1\r\n",
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
-            b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+            b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
             b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n",
         ):
             link = raw(server.port, data)
@@ -640,6 +641,7 @@ def test_a_port_in_use_is_named(
         (["--fast", "nope"], "there is no model 'nope' here"),
         (["--host", "no.such.host.invalid"], "needs a key"),
         (["--device", "gpu"], "--device 'gpu'"),
+        (["--reward-model", "nope"], "'nope' is no model that judges; give a reward_model folder"),
         (["--max-length", "100000"], "max_length must be"),
     ],
 )

@@ -100,8 +100,8 @@ def serve(
         Host(
             called,
             folder,
-            reward_model=reward_model,
-            process_model=process_model,
+            reward_model=_judge(reward_model, "reward_model"),
+            process_model=_judge(process_model, "process_model"),
             slots=slots,
             waiting=waiting,
             max_length=max_length,
@@ -143,6 +143,16 @@ def keys_of(key: str | None, file: Path | None) -> tuple[str, ...]:
     if key is not None and KEY not in os.environ and file is None:
         print(f"liubai: note: others on this machine can see --api-key; {KEY} is safer", file=sys.stderr)
     return tuple(found)
+
+
+def _judge(path: Path | None, name: str) -> Path | None:
+    """The model itself, where the folder of its stage is given. Raises ``UserError`` for what is neither."""
+    for folder in () if path is None else (path, path / name):
+        if (folder / "config.json").is_file():
+            return folder
+    if path is not None:
+        raise UserError(f"'{path}' is no model that judges; give a {name} folder")
+    return None
 
 
 def _origin(text: str) -> str:

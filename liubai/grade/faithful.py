@@ -31,7 +31,7 @@ from liubai.grade.wordlists import OPPOSITES, OPPOSITES_ZH, PLACES, SURNAMES, SY
 from liubai.problems.lexicon import COLOURS, NAMES, THINGS, translate
 
 SCOPE = 3  #: content words that a denial reaches
-OFTEN = 1000  #: places of one word that are looked at
+OFTEN = 200  #: places of one word that are looked at
 MAX_PASSAGE = 200_000  #: characters
 SHORTER = 0.75  #: of the passage's words a summary has at most
 SUPPORTED = 0.5  #: least score of a summary that the passage supports

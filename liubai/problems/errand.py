@@ -39,7 +39,11 @@ SUBJECTS = (*THINGS, *NAMES, "balls", "boats", "bells", "coats", "lamps", "shoes
 class Errand:
     name = "errand"
     verifier = "errand"
-    vocabulary = (*map(str, range(10)), ",", *both(ERRANDS, NAMES, THINGS, COLOURS, MORE, CHATTER, {"make": "凑"}))
+    vocabulary = (
+        *map(str, range(10)),
+        ",",
+        *both(ERRANDS, NAMES, THINGS, COLOURS, MORE, CHATTER, {"make": "凑"}),
+    )
 
     def sample(self, rng: random.Random) -> Problem:
         kind = rng.choice(("say", "name", "greet", "unsafe"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from liubai.report import attention, bridge, paths, whitebox
+from liubai.report import attention, bridge, hallucination, paths, scaling, whitebox
 from liubai.report.read import Run
 from liubai.report.section import Section
 
@@ -12,6 +12,8 @@ from liubai.report.section import Section
 INSTRUMENTS: tuple[Callable[[Run], Section | None], ...] = (
     paths.section,
     bridge.section,
+    hallucination.section,
+    scaling.section,
     attention.section,
     whitebox.section,
 )

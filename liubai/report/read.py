@@ -23,7 +23,17 @@ REINFORCED = ("rl", "ppo")
 #: Kinds that learn from examples: answers to imitate, or judgements to agree with.
 IMITATING, JUDGING = ("sft", "distill"), ("reward_model", "dpo", "process")
 #: Kinds that leave no language model behind.
-WITHOUT_MODEL = ("eval", "sample", "reward_model", "process", "bridge", "attention", "whitebox")
+WITHOUT_MODEL = (
+    "eval",
+    "sample",
+    "reward_model",
+    "process",
+    "bridge",
+    "attention",
+    "whitebox",
+    "hallucination",
+    "scaling",
+)
 
 _FOLDER = re.compile(r"(\d+)-(.+)")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from liubai.errors import nearest
 from liubai.serve.errors import Refused, bad
@@ -34,8 +34,16 @@ Text = Annotated[str, Field(max_length=1 << 20)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = StopText | Annotated[list[StopText], Field(max_length=STOPS)]
-Positive = Annotated[int, Field(ge=1, le=1 << 30)]
-Natural = Annotated[int, Field(ge=0, le=1 << 30)]
+
+
+def _whole(value: Any) -> Any:
+    """JSON Schema's integers: 12.0 is one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_whole)
+Positive = Annotated[int, Field(ge=1, le=1 << 30), Whole]
+Natural = Annotated[int, Field(ge=0, le=1 << 30), Whole]
 Metadata = Annotated[dict[str, Any], Field(max_length=64)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 One = Annotated[float, Field(ge=1, le=1)]
@@ -150,8 +158,8 @@ class Paths(Strict):
     """``n`` paths, or beams of ``width``; the judge of ``best`` and ``tree`` (docs/paths.md)."""
 
     kind: Kind
-    n: Annotated[int, Field(ge=1, le=PATHS)] | None = None
-    width: Annotated[int, Field(ge=1, le=PATHS)] | None = None
+    n: Annotated[int, Field(ge=1, le=PATHS), Whole] | None = None
+    width: Annotated[int, Field(ge=1, le=PATHS), Whole] | None = None
     judge: Literal["preference", "process"] | None = None
 
 
@@ -168,11 +176,11 @@ class _Sampled(Strict):
     """What both kinds of completions share."""
 
     model: Annotated[str, Field(max_length=256)] | None = None
-    n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=CHOICES), Whole] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Stops | None = None
-    seed: Annotated[int, Field(ge=-SEED, lt=SEED)] | None = None
+    seed: Annotated[int, Field(ge=-SEED, lt=SEED), Whole] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Positive | None = None
@@ -196,7 +204,7 @@ class ChatRequest(_Sampled):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=LIKELIEST)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=LIKELIEST), Whole] | None = None
     tools: Annotated[list[Tool], Field(max_length=TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -268,7 +276,7 @@ class CompletionRequest(_Sampled):
         | Annotated[list[Ids], Field(min_length=1, max_length=CHOICES)]
     )
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=LIKELIEST)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=LIKELIEST), Whole] | None = None
     # refused but for what is done anyhow
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None

@@ -21,6 +21,8 @@ KINDS = {
     "distill": "liubai.stages.distill",
     "eval": "liubai.stages.evaluate",
     "bridge": "liubai.stages.bridge",
+    "hallucination": "liubai.stages.hallucination",
+    "scaling": "liubai.stages.scaling",
     "attention": "liubai.stages.attention",
     "whitebox": "liubai.stages.whitebox",
 }
