@@ -10,9 +10,9 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,16 +20,19 @@ from liubai import __version__
 from liubai.commands.attention import attention
 from liubai.commands.bridge import bridge
 from liubai.commands.chat import chat
+from liubai.commands.check import check
+from liubai.commands.evaluate import evaluate
+from liubai.commands.grade import grade
 from liubai.commands.hallucination import hallucination
 from liubai.commands.scaling import scaling
 from liubai.commands.serve import serve
+from liubai.commands.shared import checkpoint_folder, table
 from liubai.commands.whitebox import whitebox
 from liubai.errors import UserError
 from liubai.model.config import Dtype
 
 if TYPE_CHECKING:
-    from liubai.problems.questions import Question
-    from liubai.stages.config import Compute
+    pass
 
 app = typer.Typer(
     help="Bring questions and a way to check answers, get a reasoning model.",
@@ -50,10 +53,6 @@ Reuse = Annotated[
     typer.Option(metavar="RUN", help="Take stages that are the same from this run folder; may be repeated."),
 ]
 Live = Annotated[bool, typer.Option("--live/--no-live", help="A live picture in a terminal.")]
-Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder, or a hub id.")]
-Seed = Annotated[int, typer.Option(min=0, help="Decides every random draw.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-TopP = Annotated[float, typer.Option(min=0.01, max=1.0, help="Keep the likeliest tokens of this mass.")]
 
 
 def _version(asked: bool) -> None:
@@ -157,167 +156,9 @@ def init(
     print(f"next: liubai check {folder}; then name your model in {folder / 'recipe.toml'} and liubai run it")
 
 
-@app.command(epilog="Example: liubai check mine, or: liubai check gym:countdown:max_numbers=4")
-def check(
-    what: Annotated[
-        str,
-        typer.Argument(metavar="DIR", help="Where recipe.toml is; or a recipe, a file, or gym:NAME."),
-    ],
-    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds that one verdict may take.")] = 5.0,
-    verifier: Annotated[str, typer.Option(help="Of a file's questions that name none.")] = "math",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Are the questions sound? Every gold answer must pass its verifier, every cheap trick must fail."""
-    from dataclasses import asdict
-
-    from liubai.measure.findings import describe
-    from liubai.measure.soundness import soundness
-    from liubai.stages.view import progress_bar
-
-    results = {}
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    for name, asked in _asked(what, verifier).items():
-        with progress_bar("checking") as progress:
-            found = soundness(asked(), timeout_s=timeout, progress=None if as_json else progress)
-        results[name] = found
-        if not as_json:
-            print(describe(name, found, width))
-    sound = all(found.sound for found in results.values())
-    if as_json:
-        print(json.dumps({"sound": sound, "files": {path: asdict(found) for path, found in results.items()}}))
-    if not sound:
-        raise typer.Exit(2)
-
-
-def _asked(what: str, verifier: str) -> dict[str, Callable[[], Sequence[Question]]]:
-    """What to check: name -> its questions, read when their turn comes."""
-    from functools import partial
-
-    from liubai.measure.soundness import drawn
-    from liubai.problems import family
-    from liubai.problems.gym import PREFIX
-    from liubai.problems.questions import Questions, read_questions
-    from liubai.problems.rows import is_rows
-    from liubai.recipe import load_recipe
-    from liubai.stages.config import Brought
-
-    if what.startswith(PREFIX):
-        return {what: partial(drawn, family(what))}
-    if is_rows(what) and not Path(what).is_dir():
-        return {what: partial(read_questions, Questions(path=what, default_verifier=verifier))}
-    path = Path(what)
-    recipe = load_recipe(path / "recipe.toml" if path.is_dir() else path)
-    configs = [stage.config for stage in recipe.stages if isinstance(stage.config, Brought)]
-    tables: dict[Questions, str] = {}  # every one that is different, and whose it is first
-    for stage in recipe.stages:
-        if isinstance(stage.config, Brought) and stage.config.questions:
-            tables.setdefault(stage.config.questions, stage.name)
-    drawn_from = dict.fromkeys(
-        name for c in configs if not c.questions for name in c.families() if name.startswith(PREFIX)
-    )
-    if not tables and not drawn_from:
-        raise UserError(f"no stage of '{recipe.name}' has questions of its own ([stages.NAME.questions])")
-    paths = [table.path for table in tables]
-    asked: dict[str, Callable[[], Sequence[Question]]] = {
-        q.path if paths.count(q.path) == 1 else f"{q.path} (stage {name})": partial(read_questions, q)
-        for q, name in tables.items()
-    }
-    return asked | {name: partial(drawn, family(name)) for name in drawn_from}
-
-
-@app.command("eval", epilog="Example: liubai eval runs/zero/3-zero/checkpoint --problems countdown")
-def evaluate(
-    checkpoint: Checkpoint,
-    problems: Annotated[
-        str, typer.Option(help="A family, or a file: all its rows are asked, those trained on, too.")
-    ],
-    samples: Annotated[int, typer.Option(min=1, help="Answers a problem.")] = 16,
-    limit: Annotated[int, typer.Option(min=1, help="How many problems.")] = 200,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 320,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-    verifier: Annotated[str, typer.Option(help="Of questions that name none.")] = "math",
-    device: Device = "auto",
-    paths: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KIND[:N]",
-            help="Several paths to each answer: greedy, sample, beam:4, vote:8, best:8, tree:16.",
-        ),
-    ] = None,
-    judge: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="DIR", help="A reward or process model for best and tree; may be repeated."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """How often is a checkpoint right, in one try and in several?"""
-    checkpoint = _checkpoint_folder(checkpoint)
-    from liubai.stages.by_paths import way_of
-
-    way = way_of(paths, judge or [])
-    from liubai.measure.readiness import require_ready
-    from liubai.problems.questions import Questions
-    from liubai.problems.rows import is_rows
-    from liubai.stages.evaluate import evaluate_checkpoint, held_out_of
-    from liubai.stages.view import progress_bar
-
-    # a file that is named here is all held out
-    asked = Questions(path=problems, default_verifier=verifier, eval_share=1.0) if is_rows(problems) else None
-    if asked:
-        require_ready(asked)
-    held_out = held_out_of(problems, limit, seed, asked)
-    with progress_bar("answering") as progress:
-        result = evaluate_checkpoint(
-            path=checkpoint,
-            problems=held_out,
-            samples=samples,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            progress=None if as_json else progress,
-            compute=_compute(device),
-            **({"way": way} if way else {}),
-        )
-    result = {"problems": problems, **result}
-    print(json.dumps(result, ensure_ascii=False) if as_json else _table(result))
-
-
-def _table(result: dict[str, Any]) -> str:
-    rows: list[tuple[str, str]] = []
-    for name, value in result.items():
-        inner = value.items() if isinstance(value, dict) else [(None, value)]
-        for key, number in inner:
-            if isinstance(number, (int, float, str)):
-                label = name if key is None else f"{name} {key}"
-                rows.append((label, f"{number:.4g}" if isinstance(number, float) else str(number)))
-    width = max((len(label) for label, _ in rows), default=0)
-    return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)
-
-
-def _compute(device: str) -> Compute:
-    from pydantic import ValidationError
-
-    from liubai.stages.config import Compute
-
-    try:
-        return Compute(device=device)
-    except ValidationError:
-        raise UserError(f"--device '{device}': auto, cpu, cuda or cuda:N") from None
-
-
-def _checkpoint_folder(path: Path) -> Path:
-    """Raises ``UserError`` before anything heavy is imported."""
-    from liubai.model.hub import find_folder
-
-    folder = find_folder(path)
-    if (folder / "config.json").is_file():
-        return folder
-    inside = sorted(path.parent for path in folder.glob("**/checkpoint/config.json"))
-    hint = f"; did you mean '{inside[-1]}'?" if inside else ""
-    raise UserError(f"'{folder}' is not a checkpoint: it has no config.json{hint}")
+app.command(epilog="Example: liubai check mine, or: liubai check gym:countdown:max_numbers=4")(check)
+app.command("eval", epilog="Example: liubai eval runs/zero/3-zero/checkpoint --problems countdown")(evaluate)
+app.command(epilog="Example: liubai grade answers.jsonl > verdicts.jsonl")(grade)
 
 
 @app.command(epilog="Example: liubai export runs/zero/3-zero/checkpoint --to gguf --out zero.gguf")
@@ -336,59 +177,13 @@ def export(
     transformers and vLLM open it as it is.
     """
     if not (checkpoint / "adapter_config.json").is_file():
-        checkpoint = _checkpoint_folder(checkpoint)
+        checkpoint = checkpoint_folder(checkpoint)
     from liubai.model.export import export as write
 
     written = write(checkpoint, to, out, dtype)
     for caveat in written["caveats"]:
         print(f"liubai: note: {caveat}", file=sys.stderr)
-    print(json.dumps(written, ensure_ascii=False) if as_json else _table(written))
-
-
-@app.command(epilog="Example: liubai grade answers.jsonl > verdicts.jsonl")
-def grade(
-    file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="Answers to judge; '-' is stdin.")],
-    timeout: Annotated[float, typer.Option(min=0.01, help="Seconds that one verdict may take.")] = 5.0,
-    workers: Annotated[int, typer.Option(min=1, help="Grading processes.")] = 2,
-    checker: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE.py:FUNCTION", help="A checker of your own that lines may name."),
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Say in words, English and Chinese, what each score is for.")
-    ] = False,
-) -> None:
-    """Judge answers: lines {"verifier", "gold", "response", "meta"?} in, one verdict a line out.
-
-    Verifiers: math, number, exact, choice, regex, json, logic, code, judge, verse, sonnet, countdown, or a
-    checker of your own.
-    A line: {"verifier": "number", "gold": "5", "response": "<think>2+3</think> <answer>5</answer>"}
-    """
-    from liubai.grade import grade_lines
-    from liubai.grade.answers import read_answers
-    from liubai.grade.explain import explain as explained
-    from liubai.stages.view import progress_bar
-
-    # every line is read before the first is judged: a bad file must not give half an answer
-    items = list(read_answers(file, checker or []))
-    with progress_bar("grading") as progress:
-        for done, verdict in enumerate(grade_lines(items, timeout_s=timeout, workers=workers), 1):
-            line: dict[str, Any] = {
-                "correct": verdict.correct,
-                "answer": verdict.answer,
-                "parts": dict(verdict.parts),
-            }
-            if verdict.error:
-                line["error"] = verdict.error
-            words = explained(items[done - 1], verdict) if explain else []
-            if words and not sys.stdout.isatty():
-                line["explanation"] = {"en": [en for en, _ in words], "zh": [zh for _, zh in words]}
-            print(json.dumps(line, ensure_ascii=False))
-            if sys.stdout.isatty():  # for a person: below the verdict, and not in it
-                for sentence in words:
-                    print("".join(f"    {text}\n" for text in sentence), end="")
-            if progress:
-                progress(done, len(items))
+    print(json.dumps(written, ensure_ascii=False) if as_json else table(written))
 
 
 @app.command(epilog="Example: liubai report runs/zero")

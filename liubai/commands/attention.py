@@ -18,14 +18,14 @@ def attention(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, patterns and all.")] = False,
 ) -> None:
     """What each attention head does, and what is lost without it (docs/attention.md)."""
-    from liubai.cli import _checkpoint_folder
+    from liubai.commands.shared import checkpoint_folder
     from liubai.measure.attention import KINDS
     from liubai.problems.questions import Questions
     from liubai.problems.rows import is_rows
     from liubai.stages.attention import atlas
     from liubai.stages.evaluate import held_out_of
 
-    folder = _checkpoint_folder(checkpoint)
+    folder = checkpoint_folder(checkpoint)
     asked = Questions(path=problems, eval_share=1.0) if is_rows(problems) else None
     found = atlas(folder, held_out_of(problems, limit, seed, asked), max_tokens=max_tokens)
     if as_json:

@@ -34,9 +34,9 @@ def bridge(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """How many bits of the right answer does a thought buy, and which of its steps? (docs/bridge.md)"""
-    from liubai.cli import _checkpoint_folder, _compute
+    from liubai.commands.shared import checkpoint_folder, compute_of
 
-    folder = _checkpoint_folder(checkpoint)
+    folder = checkpoint_folder(checkpoint)
     from liubai.measure.readiness import require_ready
     from liubai.problems.questions import Questions
     from liubai.problems.rows import is_rows
@@ -57,7 +57,7 @@ def bridge(
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
-            compute=_compute(device),
+            compute=compute_of(device),
             progress=None if as_json else progress,
         )
     result = {"label": _label(folder), "problems": problems, **found.figures}

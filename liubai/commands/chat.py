@@ -35,10 +35,10 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Ask a checkpoint questions. /help lists what can be changed meanwhile; Ctrl-D leaves."""
-    from liubai.cli import _checkpoint_folder, _compute
+    from liubai.commands.shared import checkpoint_folder, compute_of
 
-    checkpoint = _checkpoint_folder(checkpoint)
-    compute = _compute(device)
+    checkpoint = checkpoint_folder(checkpoint)
+    compute = compute_of(device)
     from liubai.chat import Settings, talk
 
     settings = Settings(

@@ -72,7 +72,7 @@ def serve(
     require_serving()
     import asyncio
 
-    from liubai.cli import _checkpoint_folder, _compute
+    from liubai.commands.shared import checkpoint_folder, compute_of
     from liubai.serve.host import Host
     from liubai.serve.limits import Limits
     from liubai.serve.router import Router
@@ -86,8 +86,8 @@ def serve(
         names=tuple(allow_host or ()),
         origins=tuple(_origin(text) for text in cors or ()),
     )
-    _compute(device)
-    folders = [_checkpoint_folder(path) for path in checkpoints]
+    compute_of(device)
+    folders = [checkpoint_folder(path) for path in checkpoints]
     limits = Limits(
         max_tokens=max_tokens,
         answers=min(max_paths, slots + waiting),

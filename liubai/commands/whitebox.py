@@ -17,13 +17,13 @@ def whitebox(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Sparsity and coding rates by layer (docs/white-box.md)."""
-    from liubai.cli import _checkpoint_folder
+    from liubai.commands.shared import checkpoint_folder
     from liubai.problems.questions import Questions
     from liubai.problems.rows import is_rows
     from liubai.stages.evaluate import held_out_of
     from liubai.stages.whitebox import looked_at
 
-    folder = _checkpoint_folder(checkpoint)
+    folder = checkpoint_folder(checkpoint)
     asked = Questions(path=problems, eval_share=1.0) if is_rows(problems) else None
     found = looked_at(folder, [p.prompt for p in held_out_of(problems, limit, seed, asked)])
     if as_json:
