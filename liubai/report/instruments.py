@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from liubai.report import attention, bridge, hallucination, paths, scaling, whitebox
+from liubai.report import attention, bridge, hallucination, paths, scaling, thinker, whitebox
 from liubai.report.read import Run
 from liubai.report.section import Section
 
 #: each gives its part, or ``None`` where the recipe did not ask for it
 INSTRUMENTS: tuple[Callable[[Run], Section | None], ...] = (
+    thinker.section,
     paths.section,
     bridge.section,
     hallucination.section,

@@ -54,8 +54,8 @@ def write_report(run: Path) -> Path:
 def render(run: Run) -> str:
     """The whole page as text."""
     here = Path(__file__).parent
-    script = (here / "page.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    parts = sections(run)
+    scripts = [(here / "page.js").read_text(encoding="utf-8"), *(p.script for p in parts if p.script)]
     environment = Environment(
         loader=PackageLoader("liubai.report", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -66,8 +66,8 @@ def render(run: Run) -> str:
     return environment.get_template("page.html").render(
         run=run,
         style=Markup((here / "page.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=digest,
+        scripts=[Markup(script) for script in scripts],
+        script_hashes=[_hash(script) for script in scripts],
         sentence=pipeline_sentence(run) or sentence(run),
         facts=_facts(run, reinforced),
         missing=_missing(run, reinforced),
@@ -91,7 +91,7 @@ def render(run: Run) -> str:
         taught=bool(run.of_kind(*IMITATING, *JUDGING, "sample")),
         examples=example_charts(run),
         kept=sample_table(run),
-        instruments=sections(run),
+        instruments=parts,
         take_offs=[(s, take_off(s.curve("reflections"))) for s in reinforced],
         warnings=[(s.name, w) for s in run.stages for w in s.warnings],
         clock=clock,
@@ -99,6 +99,11 @@ def render(run: Run) -> str:
         environment=_environment(run),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def _hash(script: str) -> str:
+    """By what the page's policy knows a script: base64 of its SHA-256."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def clock(seconds: float | None) -> str:

@@ -33,6 +33,7 @@ WITHOUT_MODEL = (
     "whitebox",
     "hallucination",
     "scaling",
+    "thinker",
 )
 
 _FOLDER = re.compile(r"(\d+)-(.+)")

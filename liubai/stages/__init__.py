@@ -25,6 +25,7 @@ KINDS = {
     "scaling": "liubai.stages.scaling",
     "attention": "liubai.stages.attention",
     "whitebox": "liubai.stages.whitebox",
+    "thinker": "liubai.stages.thinker",
 }
 
 
