@@ -31,6 +31,7 @@ from bench.job import environment
 from bench.serve_host import PROMPTS, Load, measured, quantile
 
 PAIRS = 256  #: different questions with their seeds
+PATIENCE_S = 10.0  #: that a stream may be silent
 
 
 @dataclass(slots=True)
@@ -44,6 +45,7 @@ class Seen:
     expected: dict[int, list[str]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     counting: bool = False
+    heard: dict[int, float] = field(default_factory=dict)  #: when each client last heard anything
 
 
 async def client(port: int, number: int, step: int, max_tokens: int, seen: Seen, exact: bool) -> None:
@@ -64,7 +66,7 @@ async def client(port: int, number: int, step: int, max_tokens: int, seen: Seen,
                 **({} if exact else {"top_k": 0, "top_p": 1.0, "min_p": 0.0}),
             }
         ).encode()
-        asked = time.perf_counter()
+        asked = seen.heard[number] = time.perf_counter()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         head = (
             f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
@@ -83,15 +85,17 @@ async def client(port: int, number: int, step: int, max_tokens: int, seen: Seen,
                 if line.startswith(b"data: [DONE]"):
                     done = True
                     continue
-                if not thought and not answer and seen.counting:
-                    seen.first.append(time.perf_counter() - asked)
+                seen.heard[number] = time.perf_counter()
                 part = json.loads(line[6:])
+                silent = not thought and not answer
                 tokens = (part.get("usage") or {}).get("completion_tokens", tokens)
                 for choice in part["choices"]:
                     delta = choice["delta"]
                     thought += delta.get("reasoning_content") or ""
                     answer += delta.get("content") or ""
                     finish = choice["finish_reason"] or finish
+                if silent and (thought or answer) and seen.counting:
+                    seen.first.append(time.perf_counter() - asked)
                 seen.pieces += seen.counting
             said = words(f"{thought} {answer}")
             if not done or finish not in ("stop", "length"):
@@ -157,6 +161,8 @@ async def load(
         memory.append(memory_mb(pid))
     passed = time.perf_counter() - began
     broken = [task for task in tasks if task.done()]
+    now = time.perf_counter()
+    stalled = sum(now - heard > PATIENCE_S for heard in seen.heard.values())
     for task in tasks:
         task.cancel()
     for result in await asyncio.gather(*tasks, return_exceptions=True):
@@ -169,6 +175,7 @@ async def load(
         "tokens_per_s": seen.tokens / passed,
         "answers": seen.answers,
         "wrong": len(seen.wrong) + len(broken),
+        "stalled": stalled,
         "pieces_per_s": seen.pieces / passed,
         "first_p50_s": quantile(seen.first, 50) if len(seen.first) > 1 else float("nan"),
         "first_p95_s": quantile(seen.first, 95) if len(seen.first) > 1 else float("nan"),
@@ -269,14 +276,23 @@ def main() -> None:
         beside_llama(given)
         return
     expected = offline_answers(given.checkpoint, given.max_tokens)
-    before = measured(Load(given.checkpoint, given.clients, 20.0, given.max_tokens, given.threads), "offline")
-    show("offline", before)
+    alone: dict[int, list[float]] = {1: [], 2: []}
+
+    def offline() -> None:
+        for threads, rates in alone.items():
+            result = measured(
+                Load(given.checkpoint, given.clients, 20.0, given.max_tokens, threads), "offline"
+            )
+            show(f"offline, {threads} threads", result)
+            rates.append(result["tokens_per_s"])
+
+    offline()
     result = ours(given.checkpoint, given.clients, given.seconds, given.max_tokens, given.threads, expected)
-    show("served", result)
-    after = measured(Load(given.checkpoint, given.clients, 20.0, given.max_tokens, given.threads), "offline")
-    show("offline", after)
-    both = (before["tokens_per_s"] + after["tokens_per_s"]) / 2
-    print(f"served / offline: {result['tokens_per_s'] / both:.3f} ({given.clients} clients)")
+    show(f"served, {given.threads} threads", result)
+    offline()
+    for threads, rates in alone.items():
+        ratio = result["tokens_per_s"] / statistics.fmean(rates)
+        print(f"served / offline with {threads} threads: {ratio:.3f} ({given.clients} clients)")
 
 
 def beside_llama(given: argparse.Namespace) -> None:
