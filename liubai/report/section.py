@@ -12,8 +12,8 @@ from liubai.report.svg import Chart
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """``body`` is finished HTML of the instrument's own (everything in it escaped), below the charts; ``script``
-    is its own JavaScript, which the page's policy allows by its hash."""
+    """``body`` is finished HTML of the instrument's own (everything in it escaped), below the charts;
+    ``script`` is JavaScript of its own, which the page's policy allows by its hash."""
 
     id: str
     title: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,24 @@ from liubai.rollout.writer import Judge
 from liubai.seeds import derive
 from liubai.stages.context import Context
 from liubai.stages.rollouts import Scorer
-from liubai.stages.scoring import CALIBRATION, PROCESS_MODEL, REWARD_MODEL, Preference, Process
+from liubai.stages.scoring import (
+    CALIBRATION,
+    PROCESS_MODEL,
+    REWARD_MODEL,
+    Preference,
+    Process,
+    has_steps,
+    problem_of,
+)
 from liubai.text.template import Template
 from liubai.types import Problem
 
 #: Kinds of paths that give the same answer each time.
 SETTLED = ("greedy", "beam")
+STEPLESS = (
+    "the process model finds no steps in thoughts about this question, only in those about the problems that "
+    "Liubai makes; let a reward model judge (best:N:preference), rollouts lead (tree:N:rollouts), or vote"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +99,45 @@ def answers_by(
 
 
 def judges_of(
-    folders: Mapping[Judge, Path], problems: Sequence[Problem], device: torch.device
+    folders: Mapping[Judge, Path], problems: Sequence[Problem] | None, device: torch.device
 ) -> dict[Judge, Judging]:
-    """The models that judge answers to these problems, by their questions."""
-    asked = {problem.prompt: problem for problem in problems}
+    """The models that judge answers to these problems, by their questions; ``None``: to any question.
+
+    A process model raises ``UserError`` for a question about which no thought has steps that can be found: it
+    would give all answers the same score. (A thought without any, where they could be, scores 0.)"""
+    known = None if problems is None else {problem.prompt: problem for problem in problems}
     kinds: dict[Judge, Callable[[Path, torch.device], Scorer]] = {
         "preference": Preference,
         "process": Process,
     }
 
-    def judging(scorer: Scorer) -> Judging:
-        return lambda answers: scorer([(asked[question], response) for question, response in answers])
+    def judging(judge: Judge, scorer: Scorer) -> Judging:
+        def scores(answers: Sequence[tuple[str, str]]) -> list[float]:
+            questions = dict.fromkeys(question for question, _ in answers)
+            asked = {q: problem_of(q) if known is None else known[q] for q in questions}
+            if judge == "process" and not all(map(has_steps, asked.values())):
+                raise UserError(STEPLESS)
+            return scorer([(asked[question], response) for question, response in answers])
 
-    return {judge: judging(kinds[judge](folder, device)) for judge, folder in folders.items()}
+        return scores
+
+    return {judge: judging(judge, kinds[judge](folder, device)) for judge, folder in folders.items()}
+
+
+def settled(paths: PathsConfig, judges: Collection[Judge], question: str) -> PathsConfig:
+    """``paths``, where nobody said who judges answers to ``question``: not the process model when it would
+    find no step in them. The reward model then judges the best of several, if there is one, and rollouts lead
+    a tree. Raises ``UserError`` when only the process model is there, or when it was asked for."""
+    if "process" not in judges or paths.kind not in ("best", "tree") or paths.value == "rollouts":
+        return paths
+    if paths.judge == "preference" or has_steps(problem_of(question)):
+        return paths
+    if paths.judge is None and paths.value is None:
+        if paths.kind == "tree":
+            return paths.model_copy(update={"value": "rollouts"})
+        if "preference" in judges:
+            return paths.model_copy(update={"judge": "preference"})
+    raise UserError(STEPLESS)
 
 
 def judges_given(context: Context) -> dict[Judge, Path]:

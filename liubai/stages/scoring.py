@@ -19,6 +19,8 @@ from liubai.learn.packing import Batch, Sequence1, by_length, micro_batches
 from liubai.learn.process import aggregate
 from liubai.measure.audit import share_right, steps_of
 from liubai.model.scorer import Scorer, load_scorer
+from liubai.problems import FAMILIES
+from liubai.problems.family import Audited
 from liubai.stages.context import Context
 from liubai.stages.rollouts import Scorer as Score
 from liubai.text.template import Template, template_for
@@ -43,6 +45,27 @@ def scorers_of(context: Context, weights: Sequence[RewardWeights], device: torch
         given = context.given(PROCESS_MODEL)
         found["process"] = Process(given[0], device) if given else checked_steps
     return found
+
+
+def problem_of(question: str) -> Problem:
+    """The question as a problem of the family that asks so, among those whose thoughts can be checked: then a
+    process model finds the steps. A problem of no family where there is none."""
+    gold = question.partition(" ")[2]  # what stands after the word that asks is the specification
+    for name, family in FAMILIES.items():
+        if isinstance(family, Audited):
+            problem = Problem(question, gold, family.verifier, name)
+            try:
+                family.key(problem)
+                family.steps(problem, "")
+            except Exception:  # parsers of their own questions, in any way they like
+                continue
+            return problem
+    return Problem(question, "", "")
+
+
+def has_steps(problem: Problem) -> bool:
+    """Can the steps of a thought about it be found? Without, a process model has nothing to read."""
+    return isinstance(FAMILIES.get(problem.family), Audited)
 
 
 class Preference:
