@@ -17,34 +17,35 @@ from typing import Any
 
 from liubai.errors import UserError
 from liubai.model.checkpoint import load
-from liubai.rollout.local import Judging, LocalWriter
+from liubai.rollout.local import LocalWriter
 from liubai.rollout.paths import PathsConfig
 from liubai.rollout.torch_engine import TorchEngine
-from liubai.rollout.writer import Judge
 from liubai.seeds import derive
 from liubai.serve.answering import answer
 from liubai.serve.errors import Refused, refusal_of
 from liubai.serve.events import ChoiceSaid, Ended, Event, PathSaid, Started
-from liubai.serve.house import House, Served
-from liubai.serve.inside import problem_of
+from liubai.serve.house import House, Served, token_bytes
+from liubai.serve.limits import Limits
 from liubai.serve.router import ROUTES, Router
-from liubai.serve.schema import ChatRequest, read
+from liubai.serve.schema import ChatRequest, bounded, read
 from liubai.serve.tools import check
-from liubai.stages.by_paths import way_of
+from liubai.stages.by_paths import judges_of, way_of
 from liubai.stages.config import Compute
-from liubai.stages.scoring import Preference, Process
 from liubai.text.template import template_for
 
 #: Tokens of a prompt, for which room is kept beside the answer's.
 PROMPT = 2048
 #: Answers written at once: paths.
 SLOTS = 64
+#: Signs that a terminal obeys instead of showing them, and what stands for each.
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 HELP = """\
 /think on|off        DeepThink: think before the answer
 /budget N|none       the most tokens of a thought
 /atleast N           the fewest: think longer
-/paths KIND[:N]      greedy, sample, beam:4, vote:8, best:8, tree:16
+/paths KIND[:N[:BY]] greedy, sample, beam:4, vote:8, best:8, tree:16:rollouts
 /route WAY           auto, fast, think, tool, none
 /tools NAMES|none    that the model may call: calculator, python
 /temperature T       0 is greedy
@@ -92,7 +93,7 @@ class Settings:
         elif command == "temperature":
             self.temperature = _temperature(text)
         elif command == "paths":
-            PathsConfig.parse(text)
+            bounded(PathsConfig.parse(text))
             self.paths = text
         elif command == "route":
             if text not in (*ROUTES, "none"):
@@ -123,10 +124,6 @@ class Settings:
 
     def request(self, messages: Sequence[dict[str, Any]], turn: int) -> ChatRequest:
         """Raises ``Refused``."""
-        config = PathsConfig.parse(self.paths)
-        paths: dict[str, Any] = {"kind": config.kind, "n": min(config.number, SLOTS)}
-        if config.judge is not None:
-            paths["judge"] = config.judge
         asked = {
             "messages": list(messages),
             "temperature": self.temperature,
@@ -134,7 +131,7 @@ class Settings:
             "thinking": self.think,
             "thinking_budget": self.budget,
             "think_at_least": self.at_least or None,
-            "paths": paths,
+            "paths": self.paths,
             "route": self.route,
             "use_tools": list(self.tools) or None,
             "seed": derive(self.seed, "chat", turn),
@@ -166,16 +163,16 @@ def talk(checkpoint: Path, compute: Compute, settings: Settings, judges: Sequenc
     room = min(model.config.max_position_embeddings, settings.max_tokens + PROMPT)
     engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=SLOTS, max_length=room, lot=1)
     engine.load(model.state_dict(), version=0)
-    found: dict[Judge, Judging] = {}
-    way = way_of("sample", judges) if judges else None
-    for judge, folder in (way.judges if way is not None else {}).items():
-        scorer = (Preference if judge == "preference" else Process)(folder, device)
-        found[judge] = lambda answers, scorer=scorer: scorer(  # type: ignore[misc]
-            [(problem_of(question), response) for question, response in answers]
-        )
+    way = way_of("sample", judges)
+    found = judges_of({} if way is None else way.judges, None, device)
     writer = LocalWriter(engine, eos_ids=tokenizer.eos_ids, judges=found)
-    house = House([Served("chat", writer, tokenizer, template, room)], router=Router.load())
-    Terminal(house, writer, settings).run()
+    served = Served("chat", writer, tokenizer, template, room, token_bytes=token_bytes(model.config))
+    Terminal(house_of(served), writer, settings).run()
+
+
+def house_of(served: Served) -> House:
+    """The one model, which may write as many answers at once as it has slots."""
+    return House([served], Limits(answers=SLOTS), router=Router.load())
 
 
 @dataclass(slots=True)
@@ -270,7 +267,7 @@ class Screen:
         elif isinstance(event, ChoiceSaid):
             self._close()
             self.content += event.text
-            self._print(event.text)
+            self._print(self._safe(event.text))
         elif isinstance(event, Ended):
             self._close()
             self._new_line()
@@ -292,7 +289,7 @@ class Screen:
         if not self._thinks and self._paths and self.dim:
             self._new_line()
         if self.thought:
-            self._print(f"{self.dim}{text}{self.plain}")
+            self._print(f"{self.dim}{self._safe(text)}{self.plain}")
         elif not self._thinks and self.dim:
             self._note("thinking…")
         self._thinks = True
@@ -329,7 +326,11 @@ class Screen:
         """For a reader at the terminal; another program is given the answer alone."""
         self._new_line()
         if self.dim:
-            print(f"{self.dim}[{text}]{self.plain}", flush=True)
+            print(f"{self.dim}[{self._safe(text)}]{self.plain}", flush=True)
+
+    def _safe(self, text: str) -> str:
+        """What a model wrote must not move the cursor or name the window; another program is given all."""
+        return text.translate(CONTROLS) if self.dim else text
 
     def _print(self, text: str) -> None:
         print(text, end="", flush=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from liubai.rollout.engine import Request
-from liubai.rollout.writer import Heard, Judge, Piece
+from liubai.rollout.writer import Beams, Heard, Judge, Piece
 from liubai.serve.app import create_app
 from liubai.serve.house import House, Served
 from liubai.serve.limits import Gate, Limits
@@ -97,8 +97,9 @@ class ScriptedWriter:
             self.in_use -= 1
         return Sample(request.prompt_ids, ids, (-0.5,) * len(ids), stop, (Span(0, len(ids)),))
 
-    async def beams(self, request: Request, width: int) -> list[Sample]:
-        return [await self.write(request) for _ in range(width)]
+    async def beams(self, request: Request, width: int) -> Beams:
+        found = [await self.write(request) for _ in range(width)]
+        return Beams(found, max(len(sample.completion_ids) for sample in found))
 
     async def judge(self, judge: Judge, answers: Sequence[tuple[str, str]]) -> list[float]:
         assert self.scores is not None

@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from serving import ScriptedWriter, house_of, says, tokenizer
 
-from liubai.chat import HELP, Screen, Settings, Terminal
+from liubai import chat as terminal
+from liubai.chat import HELP, SLOTS, Screen, Settings, Terminal
 from liubai.rollout.engine import Request
+from liubai.rollout.paths import PathsConfig
 from liubai.serve.events import ChoiceSaid, Ended, Event, PathSaid, Started
+from liubai.serve.house import House
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -26,6 +29,7 @@ def talk(
     monkeypatch: pytest.MonkeyPatch,
     lines: Sequence[str | type[BaseException]],
     writer: ScriptedWriter | None = None,
+    house: House | None = None,
 ) -> tuple[Terminal, ScriptedWriter]:
     """Type these lines; what is a kind of exception is raised at the prompt."""
     left = list(lines)
@@ -40,7 +44,7 @@ def talk(
     monkeypatch.setattr("builtins.input", ask)
     found = writer or says("hm</think>hello")
     found.__class__ = Served
-    chat = Terminal(house_of(found), found, Settings())  # type: ignore[arg-type]
+    chat = Terminal(house or house_of(found), found, Settings())  # type: ignore[arg-type]
     chat.run()
     return chat, found
 
@@ -82,6 +86,7 @@ def test_a_command_sets(line: str, field: str, value: Any) -> None:
         ("budget many", "'many' is no whole number"),
         ("paths vote:x", "paths 'vote:x'"),
         ("paths vite", "did you mean 'vote'?"),
+        (f"paths vote:{SLOTS + 1}", f"'n' is {SLOTS} at most"),
         ("route fst", "say one of auto, fast, think, tool, none"),
         ("tools calcluator", "did you mean 'calculator'?"),
         ("temperature hot", "from 0 to 2"),
@@ -99,12 +104,45 @@ def test_a_wrong_command_changes_nothing_and_says_why(line: str, said: str) -> N
 
 
 def test_the_settings_are_those_of_the_api() -> None:
-    settings = Settings(think=False, budget=7, paths="best:3:process", tools=("calculator",), route="think")
+    asked = [{"role": "user", "content": "x"}]
+    settings = Settings(
+        think=False, budget=7, at_least=3, tools=("calculator",), route="think", temperature=0.5, max_tokens=9
+    )
+    request = settings.request(asked, 0)
+    assert (request.thinks(), request.budget(100), request.think_at_least) == (False, 7, 3)
+    assert (request.route, request.use_tools) == ("think", ["calculator"])
+    assert (request.temperature, request.max_tokens) == (0.5, 9)
+    assert request.seed != settings.request(asked, 1).seed
+    assert request.seed != Settings(seed=1).request(asked, 0).seed
+    plain = Settings().request(asked, 0)
+    assert (plain.thinks(), plain.budget(100), plain.think_at_least) == (True, None, None)
+    assert (plain.route, plain.use_tools) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("greedy", "sample", "sample:3", "beam:7", "vote", f"vote:{SLOTS}"),
+        *("best:3:process", "best:2:preference", "tree:16", "tree:16:rollouts", "tree:8:process"),
+    ],
+)
+def test_paths_are_asked_for_as_they_were_set(text: str) -> None:
+    settings = Settings()
+    assert settings.set("paths", text) is None
     request = settings.request([{"role": "user", "content": "x"}], 0)
-    assert (request.thinks(), request.budget(100), request.route) == (False, 7, "think")
-    paths = request.way_of_paths()
-    assert (paths.kind, paths.n, paths.judge) == ("best", 3, "process")
-    assert request.seed != settings.request([{"role": "user", "content": "x"}], 1).seed
+    assert request.way_of_paths() == PathsConfig.parse(text)
+
+
+def test_as_many_paths_are_written_as_there_are_slots(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = says("hm</think>hello")
+    house = terminal.house_of(house_of(writer).find(None))
+    talk(monkeypatch, [f"/paths vote:{SLOTS}", "x"], writer, house)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "hello" in printed.out
+    assert len(writer.requests) == SLOTS
 
 
 # ---- a talk ----
@@ -223,6 +261,25 @@ def test_another_program_gets_texts_only(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "\n"
     shown(GROWN, tty=False)
     assert capsys.readouterr().out == "try 3\nit is 7\n"
+
+
+HOSTILE = "a\x1b]0;name\x07b\rc\x9b2Jd\x7fe\n\tf"
+HARMLESS = "a␛]0;name␇b␍c\ufffd2Jd␡e\n\tf"
+
+
+def test_a_terminal_obeys_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither in the thought, nor in the answer, nor in what a tool was told and said."""
+    used = [{"name": "python", "input": "\x1b[2J", "output": "\x9b5n"}]
+    events = [
+        ChoiceSaid(0, "reasoning", HOSTILE),
+        ChoiceSaid(0, "content", HOSTILE),
+        Ended(0, "stop", None, {"thinking": {"tokens": 0}, "paths": {"list": []}, "tools": used}),
+    ]
+    shown(events)
+    out = capsys.readouterr().out
+    assert out == f"{DIM}{HARMLESS}{PLAIN}\n{HARMLESS}\n{DIM}[python: ␛[2J → \ufffd5n]{PLAIN}\n"
+    shown(events, tty=False)
+    assert capsys.readouterr().out == f"{HOSTILE}\n{HOSTILE}\n"  # another program gets what was written
 
 
 def test_the_way_and_the_vote_are_told(capsys: pytest.CaptureFixture[str]) -> None:

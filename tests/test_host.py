@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,18 +31,26 @@ from liubai.problems import FAMILIES
 from liubai.problems.family import CAREFUL, Audited, Habits
 from liubai.rollout.beam import BeamSearch
 from liubai.rollout.engine import Fresh, Request, generate
+from liubai.rollout.paths import PathsConfig
 from liubai.rollout.torch_engine import TorchEngine
-from liubai.rollout.writer import Piece
+from liubai.rollout.writer import Judge, Piece
 from liubai.seeds import stream
 from liubai.serve import host as host_module
-from liubai.serve.host import Busy, Host, HostDied
-from liubai.serve.inside import LONGEST, REPORT, Inside, Outbox, Settings, problem_of
-from liubai.serve.load import Moving
+from liubai.serve.completing import _tokens
+from liubai.serve.errors import Refused, refusal_of
+from liubai.serve.host import Host
+from liubai.serve.house import Served
+from liubai.serve.inside import LONGEST, REPORT, Inside, Outbox, Settings
+from liubai.serve.load import Busy, HostDied, Moving, Unavailable
+from liubai.serve.process import Process
 from liubai.serve.wire import NOTE, PIECES, Frames, Pieces, Written, note, pack, unpack
-from liubai.stages.scoring import CALIBRATION, Preference, Process
+from liubai.stages import by_paths
+from liubai.stages.by_paths import settled
+from liubai.stages.scoring import CALIBRATION, Preference, problem_of
+from liubai.stages.scoring import Process as ProcessModel
 from liubai.text.template import BARE
 from liubai.text.tokenizer import word_level
-from liubai.types import Sample, Stop
+from liubai.types import Problem, Sample, Stop
 
 SLOTS, WAITING = 4, 12
 QUESTION = "make 1 4 3 ->7"
@@ -198,13 +208,14 @@ def test_what_cannot_be_asked_is_refused_before_it_reaches_the_process(
 ) -> None:
     for bad, message in [
         (ask(0, max_tokens=host.max_length - 2), f"needs {host.max_length + 1} tokens"),
-        (ask(0, prompt_ids=(5, host.config.vocab_size)), "not one of the"),
-        (ask(0, prompt_ids=(-1,)), "not one of the"),
         (ask(2**63), "64 bits"),
         (ask(-(2**63) - 1), "64 bits"),
     ]:
         with pytest.raises(ValueError, match=message):
             loop.run(host.write(bad))
+    for ids in ((5, host.config.vocab_size), (-1,)):  # which a request can bring about
+        with pytest.raises(UserError, match="not one of the"):
+            loop.run(host.write(ask(0, prompt_ids=ids)))
     # what float32 would make 0 or infinite of spoils nobody's step
     for temperature in (1e-40, 1e-320, 1e30):
         odd = ask(1, temperature=temperature, top_p=0.9)
@@ -338,7 +349,7 @@ def test_judges_say_what_they_say_in_this_process(
     assert len(set(liked)) > 1
     assert len(set(checked)) > 1
     assert liked == pytest.approx(Preference(folders["preference"], device)(pairs), abs=1e-4)
-    assert checked == pytest.approx(Process(folders["process"], device)(pairs), abs=1e-4)
+    assert checked == pytest.approx(ProcessModel(folders["process"], device)(pairs), abs=1e-4)
     assert host.judges() == {"preference", "process"}
     # more than the socket takes at once; a thought is nothing to a reward model
     thought = "1 " * 500_000
@@ -347,11 +358,83 @@ def test_judges_say_what_they_say_in_this_process(
     assert same == pytest.approx(wanted, abs=1e-5)
 
 
+def test_the_process_model_judges_only_where_it_finds_steps(
+    host: Host, loop: asyncio.Runner, folders: dict[str, Path]
+) -> None:
+    """Where it can find none all answers would have the same score, and the best of them be any."""
+    assert host._process is not None
+    pid, france = host._process.pid, "What is the capital of France?"
+    told = "so it is </think> <answer> 7 </answer>"
+    with pytest.raises(UserError, match=r"finds no steps .* let a reward model judge"):
+        loop.run(host.judge("process", [(france, told), (france, "")]))
+    (liked,) = loop.run(host.judge("preference", [(france, told)]))
+    (wanted,) = Preference(folders["preference"], torch.device("cpu"))([(problem_of(france), told)])
+    assert liked == pytest.approx(wanted, abs=1e-5)
+    # a thought without a step, of a question that has some, has not shown any that is right
+    assert loop.run(host.judge("process", [(QUESTION, "</think> <answer> 7 </answer>")])) == [0.0]
+    assert (host._process.pid, host.figures().restarts) == (pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "judges", "question", "settled_as"),
+    [
+        ("best:4", ("preference", "process"), QUESTION, "best:4"),
+        ("best:4", ("preference", "process"), "hello", "best:4:preference"),
+        ("best:4", ("process",), "hello", None),
+        ("best:4", ("preference",), "hello", "best:4"),
+        ("best:4", (), "hello", "best:4"),  # which is refused elsewhere
+        ("best:4:process", ("preference", "process"), "hello", None),
+        ("best:4:process", ("preference", "process"), QUESTION, "best:4:process"),
+        ("best:4:preference", ("preference", "process"), "hello", "best:4:preference"),
+        ("tree:8", ("process",), QUESTION, "tree:8"),
+        ("tree:8", ("process",), "hello", "tree:8:rollouts"),
+        ("tree:8", (), "hello", "tree:8"),
+        ("tree:8:rollouts", ("process",), "hello", "tree:8:rollouts"),
+        ("tree:8:process", ("process",), "hello", None),
+        ("vote:3", ("process",), "hello", "vote:3"),
+    ],
+)
+def test_who_judges_where_nobody_said(
+    asked: str, judges: tuple[Judge, ...], question: str, settled_as: str | None
+) -> None:
+    config = PathsConfig.parse(asked)
+    if settled_as is None:
+        with pytest.raises(UserError, match="finds no steps"):
+            settled(config, judges, question)
+    else:
+        assert settled(config, judges, question).name == settled_as
+
+
+def test_judges_of_known_problems_are_asked_about_these() -> None:
+    """A family says whether its steps can be found."""
+    made = [
+        Problem("3.11 or 3.8", "3.8", "number", "greater", "en"),
+        Problem("please greet ben", "", "", "errand"),
+    ]
+    read: list[Problem] = []
+
+    class Spy:
+        def __init__(self, folder: Path, device: torch.device) -> None:
+            assert folder == Path("p")
+
+        def __call__(self, answers: list[tuple[Problem, str]]) -> list[float]:
+            read.extend(problem for problem, _ in answers)
+            return [float(len(response)) for _, response in answers]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(by_paths, "Process", Spy)
+        judging = by_paths.judges_of({"process": Path("p")}, made, torch.device("cpu"))["process"]
+    assert judging([(made[0].prompt, "a"), (made[0].prompt, "bc")]) == [1.0, 2.0]
+    assert read == [made[0], made[0]]
+    with pytest.raises(UserError, match="finds no steps"):
+        judging([(made[0].prompt, "a"), (made[1].prompt, "b")])
+
+
 def test_beams_are_those_of_beam_search(
     host: Host, loop: asyncio.Runner, folders: dict[str, Path], long: list[Request]
 ) -> None:
     model, tokenizer = load(folders["model"])
-    widths = (1, 2, 3, 4, 2, 2)  # more than go on at a time
+    widths = (1, 2, 3, 4, 2, 2)  # of which one goes on at a time
     requests = [ask(i, max_tokens=12 + i) for i in range(len(widths))]
 
     async def story() -> list[list[Sample]]:
@@ -540,7 +623,7 @@ def test_nothing_is_left_of_what_ended_or_was_withdrawn(folders: dict[str, Path]
         assert inside.outbox.streams()
         for stream in range(10, 20):
             inside._obey("cancel", stream)
-        while inside.engine.pending or inside.asked or inside.searches or inside.judging:
+        while inside.engine.pending or inside.asked or inside.search or inside.judging:
             inside.outbox.pass_on(inside.engine, inside._step())
             inside._search()
             inside._judge()
@@ -551,6 +634,146 @@ def test_nothing_is_left_of_what_ended_or_was_withdrawn(folders: dict[str, Path]
         notes = [json.loads(body)[:2] for kind, body in said if kind == NOTE]
         assert sorted(ended) == [0, 1, 2, 3]
         assert sorted(notes) == [["beams", 4], ["beams", 5], ["scores", 6]]
+
+
+def inside_here(link: socket.socket, folders: dict[str, Path]) -> Inside:
+    judges = {judge: str(folders[judge]) for judge in ("preference", "process")}
+    return Inside(link, Settings(str(folders["model"]), 2, 99, "cpu", 1, judges))  # type: ignore[arg-type]
+
+
+FIELDS = [[5, 6, 7], 9, 0, 1.0, 1.0, [], 0]
+
+
+def test_one_search_at_a_time(folders: dict[str, Path]) -> None:
+    """Each holds the keys and values of all its beginnings."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        inside = inside_here(theirs, folders)
+        for stream in range(4):
+            inside._obey("beams", stream, 2, *FIELDS)
+        began = []
+        while inside.asked or inside.search:
+            inside._search()
+            if inside.search is not None and inside.search[0] not in began:
+                began.append(inside.search[0])
+                assert [request.id for request, _ in inside.asked] == list(range(1 + began[-1], 4))
+                if began[-1] == 1:
+                    inside._obey("cancel", 1)
+                    assert inside.search is None
+        notes = [json.loads(body)[:2] for _, body in Frames().feed(ours.recv(1 << 20))]
+    assert (began, notes) == ([0, 1, 2, 3], [["beams", 0], ["beams", 2], ["beams", 3]])
+
+
+def test_what_breaks_in_the_process_breaks_for_one_and_is_no_ones_request(
+    folders: dict[str, Path], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> list[float]:
+        raise ZeroDivisionError("sesame")
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        inside = inside_here(theirs, folders)
+        inside.judges["process"] = broken
+        monkeypatch.setattr(BeamSearch, "step", broken)
+        inside._obey("judge", 1, "process", [[QUESTION, "7"]])
+        inside._obey("judge", 2, "preference", [[QUESTION, "7"]])
+        inside._obey("judge", 3, "process", [])
+        inside._obey("beams", 4, 2, *FIELDS)
+        inside._obey("beams", 5, 0, *FIELDS)
+        inside._obey("write", 6, True, *FIELDS)
+        while inside.judging or inside.asked or inside.search:
+            inside._judge()
+            inside._search()
+        inside._fail_all(UserError("no memory for sesame"))
+        assert not inside.outbox.streams()
+        notes = [json.loads(body) for kind, body in Frames().feed(ours.recv(1 << 20)) if kind == NOTE]
+    assert {stream: what for what, stream, _ in notes} == {
+        1: "broken", 2: "scores", 3: "scores", 4: "broken", 5: "broken", 6: "broken",
+    }  # fmt: skip
+    logged = capfd.readouterr().err
+    assert "liubai: unexpected ZeroDivisionError in inside._judge, line " in logged
+    assert "sesame" not in logged
+    assert "sesame" not in json.dumps(notes)
+
+
+def test_a_fault_of_the_server_is_not_the_clients(
+    host: Host, loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the process says of its own faults is 503 for whoever asked, and not 400."""
+
+    async def story(what: str) -> Sample:
+        ready = asyncio.get_running_loop().create_future()
+        ready.set_result(None)
+        asked = asyncio.create_task(host.write(ask(3)))
+        await asyncio.sleep(0)
+        (stream,) = host._open
+        host._note(ready, what, stream, "in that place")
+        return await asked
+
+    monkeypatch.setattr(host, "state", "ready")
+    monkeypatch.setattr(host, "_process", SimpleNamespace(tell=lambda command: None))
+    with pytest.raises(Unavailable, match="cannot answer: in that place") as broken:
+        loop.run(story("broken"))
+    assert refusal_of(broken.value).status == 503
+    assert int(refusal_of(broken.value).headers["Retry-After"]) >= 1
+    with pytest.raises(UserError, match="in that place") as refused:
+        loop.run(story("refused"))
+    assert refusal_of(refused.value).status == 400
+
+
+def test_a_token_that_only_the_tokenizer_has_is_the_clients_mistake(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host("small", folders["model"], device="cpu", threads=1)
+    served = Served.by(host)
+    assert _tokens(served, [6, 7]) == (6, 7)
+    monkeypatch.setattr(host, "config", replace(host.config, vocab_size=7))  # fewer rows than tokens
+    assert _tokens(served, [6]) == (6,)
+    for prompt in ([6, 7], "make 1 4"):
+        with pytest.raises(Refused, match="not one of the model's") as refused:
+            _tokens(served, prompt)
+        assert (refused.value.status, refused.value.param) == (400, "prompt")
+
+
+CRASH = """
+import os, sys
+from liubai.serve import inside
+
+class Broken:
+    def __init__(self, link, settings):
+        raise KeyError("sesame")
+
+inside.Inside = Broken
+os._exit(inside.main(int(sys.argv[1])))
+"""
+
+
+def test_a_crash_is_logged_by_its_kind_and_place() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(note({"checkpoint": "x", "slots": 2, "max_length": 99, "device": "cpu", "threads": 1}))
+        command = [sys.executable, "-c", CRASH, str(theirs.fileno())]
+        ended = subprocess.run(command, pass_fds=[theirs.fileno()], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert re.fullmatch(r"liubai: unexpected KeyError in inside\.main, line \d+\n", ended.stderr)
+    assert ended.stdout == ""
+
+
+def test_a_number_that_is_free_again_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+    kill = os.killpg
+
+    def spy(number: int, sign: int) -> None:
+        killed.append(number)
+        kill(number, sign)
+
+    async def story() -> list[str]:
+        process = Process({"threads": 1}, lambda kind, body: None, lambda: None)
+        return [await process.end(), await process.end()]
+
+    monkeypatch.setattr(os, "killpg", spy)
+    assert asyncio.run(story()) == ["its process was ended by signal 9"] * 2
+    assert len(killed) == 1
 
 
 # ---- the wire ----

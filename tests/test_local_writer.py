@@ -15,7 +15,7 @@ from liubai.rollout.beam import BeamSearch
 from liubai.rollout.engine import Request, generate
 from liubai.rollout.local import Judging, LocalWriter, run
 from liubai.rollout.torch_engine import TorchEngine
-from liubai.rollout.writer import Judge, Piece
+from liubai.rollout.writer import Beams, Judge, Piece
 from liubai.types import Sample, Stop
 
 EOS = 1
@@ -237,15 +237,17 @@ def test_an_engine_that_fails_in_an_unknown_way_is_told_to_all() -> None:
 def test_beams_are_those_of_the_search() -> None:
     asked = Request(id=0, prompt_ids=(4, 5, 6), max_tokens=12, seed=0)
     search = BeamSearch(MODEL, asked, 3, eos_ids=(EOS,))
+    steps = 1
     while search.step():
-        pass
+        steps += 1
     writer = writer_of()
     beams, sample = run(writer, [both_of(writer, asked)])[0]
     assert beams == search.best()
+    assert beams.steps == steps
     assert len(sample.completion_ids) == 12
 
 
-async def both_of(writer: LocalWriter, asked: Request) -> tuple[list[Sample], Sample]:
+async def both_of(writer: LocalWriter, asked: Request) -> tuple[Beams, Sample]:
     return await asyncio.gather(writer.beams(asked, 3), writer.write(endless(0, 12)))
 
 

@@ -25,13 +25,14 @@ from liubai.errors import UserError
 from liubai.problems import family
 from liubai.problems.family import distinct_problems
 from liubai.recipe.recipe import load_recipe
+from liubai.rollout.beam import BeamSearch
 from liubai.rollout.engine import Request, generate
 from liubai.rollout.local import LocalWriter, run
 from liubai.rollout.paths import Outcome, PathsConfig, answer, ballot, elect
 from liubai.rollout.thinking import Ask, Path, Spent, go_on, path_of
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.rollout.tree import Node, TreeSearch, TreeSettings, step_ids
-from liubai.rollout.writer import Heard, Judge, Piece
+from liubai.rollout.writer import Beams, Heard, Judge, Piece
 from liubai.seeds import derive
 from liubai.stages import evaluate
 from liubai.stages.by_paths import Way, answers_by, described, way_of
@@ -91,6 +92,7 @@ def test_a_text_names_paths(text: str, expected: dict[str, Any]) -> None:
         ("vote:4:process", "'judge' means nothing to vote"),
         ("tree:4:preference", "judges whole answers"),
         ("", "there is no kind ''"),
+        ("vote:" + "9" * 80, "write KIND"),
     ],
 )
 def test_a_text_that_names_none_is_one_sentence(text: str, message: str) -> None:
@@ -109,6 +111,7 @@ def test_a_text_that_names_none_is_one_sentence(text: str, message: str) -> None
         {"kind": "tree", "value": "rollouts", "judge": "process"},
         {"kind": "vote", "n": True},
         {"kind": "vote", "n": 2.0},
+        {"kind": "vote", "n": "2"},
         {"kind": "vote", "many": 2},
         {"kind": "tree", "c_puct": math.inf},
         {"kind": "other"},
@@ -116,7 +119,9 @@ def test_a_text_that_names_none_is_one_sentence(text: str, message: str) -> None
 )
 def test_a_key_that_does_not_belong_is_refused(raw: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        PathsConfig.model_validate_json(json.dumps(raw), strict=True)
+        PathsConfig.model_validate_json(json.dumps(raw))
+    with pytest.raises(ValidationError):
+        PathsConfig.model_validate(raw)
 
 
 def test_how_many_are_written_at_once() -> None:
@@ -272,7 +277,7 @@ class Said:
         ids = ids[: request.max_tokens]
         return Sample(request.prompt_ids, tuple(ids), (-1.0,) * len(ids), stop, (Span(0, len(ids)),))
 
-    async def beams(self, request: Request, width: int) -> list[Sample]:
+    async def beams(self, request: Request, width: int) -> Beams:
         raise NotImplementedError
 
     async def judge(self, judge: Judge, answers: Sequence[tuple[str, str]]) -> list[float]:
@@ -295,10 +300,28 @@ def test_beams_are_scored_and_silent() -> None:
     scores = [p.score for p in found.paths if p.ended]
     assert scores == [pytest.approx(p.logprob) for p in found.paths if p.ended]
     assert found.chosen == 0
-    assert found.spent.written == 3 * max(p.tokens for p in found.paths)
+    engine, asked = engine_of(), ask()
+    request = Request(id=0, prompt_ids=asked.prompt_ids, max_tokens=asked.max_tokens, seed=0)
+    search, steps = BeamSearch(engine.model, request, 3, eos_ids=WORDS.eos_ids), 1
+    while search.step():
+        steps += 1
+    assert [p.sample.completion_ids for p in found.paths] == [s.completion_ids for s in search.best()]
+    assert found.spent.written == 3 * steps
     even = asyncio.run(answer_by_beams(PathsConfig(kind="beam", width=3, alpha=1.0), local()))
     assert [p.score for p in even.paths] == [pytest.approx(p.logprob / p.tokens) for p in even.paths]
     assert even.best.score == max(p.score for p in even.paths if p.ended)  # type: ignore[type-var]
+
+
+def test_beams_cost_what_was_computed() -> None:
+    """Not what is left of it: a search is sure of short answers only when it has looked further."""
+
+    class Sure(Said):
+        async def beams(self, request: Request, width: int) -> Beams:
+            return Beams([await self.write(request) for _ in range(width)], 9)
+
+    found = asyncio.run(answer(Sure(["</think> 1"] * 4, {}), ask(), PathsConfig.parse("beam:4")))
+    assert max(p.tokens for p in found.paths) == 3
+    assert found.spent.written == 4 * 9
 
 
 async def answer_by_beams(config: PathsConfig, writer: LocalWriter) -> Outcome:
@@ -366,7 +389,7 @@ class Maze:
     def sample(self, request: Request, ids: list[int], stop: Stop) -> Sample:
         return Sample(request.prompt_ids, tuple(ids), (-0.5,) * len(ids), stop, (Span(0, len(ids)),))
 
-    async def beams(self, request: Request, width: int) -> list[Sample]:
+    async def beams(self, request: Request, width: int) -> Beams:
         raise NotImplementedError
 
     async def judge(self, judge: Judge, answers: Sequence[tuple[str, str]]) -> list[float]:

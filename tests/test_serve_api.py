@@ -24,11 +24,18 @@ from serving import (
     says,
     tokenizer,
 )
+from typer.testing import CliRunner
 
+from liubai.cli import app as cli
 from liubai.errors import UserError
-from liubai.model.checkpoint import save_checkpoint
+from liubai.model.checkpoint import load, save_checkpoint
 from liubai.problems import world_vocabulary
+from liubai.rollout import paths as ways
 from liubai.rollout.engine import Request
+from liubai.rollout.local import LocalWriter, run
+from liubai.rollout.thinking import Ask
+from liubai.rollout.torch_engine import TorchEngine
+from liubai.seeds import derive
 from liubai.serve import shapes
 from liubai.serve.answering import answer
 from liubai.serve.app import create_app
@@ -131,6 +138,12 @@ def test_a_template_that_always_thinks_has_its_thought_closed_at_once() -> None:
     found = chat(create_app(house), thinking=False).json()
     assert found["choices"][0]["message"]["content"] == "the answer"
     assert writer.tokenizer.decode(writer.requests[0].prompt_ids).endswith("<think>\n</think>\n\n")
+    assert found["liubai"]["thinking"] == {"tokens": 0, "seconds": 0.0, "forced": False}
+    assert found["usage"]["completion_tokens"] == len(writer.tokenizer.encode("the answer")) + 1
+    # a budget that nobody asked for does not stand in a search's way
+    beams = chat(create_app(house), thinking=False, paths="beam:2")
+    assert beams.status == 200, beams.body
+    assert beams.json()["choices"][0]["message"]["content"] == "the answer"
 
 
 @pytest.mark.parametrize(
@@ -206,6 +219,15 @@ def test_paths(kind: str) -> None:
     if kind == "best":
         assert (best["answer"], best["score"]) == ("1", 1.0)
     assert found["usage"]["completion_tokens"] == paths["tokens"]
+    tokens = [one["tokens"] for one in paths["list"]]
+    if kind == "beam":  # each token has a log-probability of −0.5
+        assert [one["score"] for one in paths["list"]] == [-0.5 * count for count in tokens]
+        assert best["score"] == max(one["score"] for one in paths["list"])
+        assert paths["tokens"] == 3 * max(tokens)
+        assert len(writer.requests) == 3
+    if kind == "tree":  # every one of its simulations ends in some path, or on the way to one
+        assert best["votes"] == max(one["votes"] or 0 for one in paths["list"])
+        assert 1 <= best["votes"] <= 3
 
 
 # ---- the router ----
@@ -219,6 +241,37 @@ def test_the_calculator_answers_without_a_model() -> None:
     assert found["liubai"]["route"]["way"] == "tool"
     assert found["liubai"]["tools"][0]["name"] == "calculator"
     assert found["usage"]["completion_tokens"] == 0
+
+
+def test_the_calculators_answer_obeys_the_request() -> None:
+    app = create_app(house_of(says("</think>x"), limits=Limits(answers=2)))
+    sum_of: dict[str, Any] = {"content": "What is 12 + 30?", "route": "auto"}
+    whole = chat(app, **sum_of).json()
+    assert whole["choices"][0]["message"]["content"] == "12 + 30 = 42"
+    listed = whole["liubai"]["paths"]["list"]
+    assert [(one["answer"], one["tokens"], one["finish_reason"]) for one in listed] == [("42", 0, "stop")]
+    assert whole["liubai"]["tools"] == [{"name": "calculator", "input": "12 + 30", "output": "42"}]
+    stopped = chat(app, **sum_of, stop=[" ="]).json()
+    assert stopped["choices"][0]["message"]["content"] == "12 + 30"
+    refused = chat(app, **sum_of, n=3)
+    assert (refused.status, refused.error["param"]) == (400, "n")
+    assert chat(app, **sum_of, top_logprobs=2).error["param"] == "top_logprobs"
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+@pytest.mark.parametrize("route", ["auto", "tool"])
+def test_a_call_that_is_demanded_comes_before_the_calculator(choice: Any, route: str) -> None:
+    writer = says('weather", "arguments": {"city": "Paris"}}\n</tool_call>')
+    if choice != "required":
+        writer = says('{"city": "Paris"}}\n</tool_call>')
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    app = create_app(house_of(writer))
+    found = chat(app, "What is 12 + 30?", route=route, tools=tools, tool_choice=choice).json()
+    assert found["choices"][0]["finish_reason"] == "tool_calls"
+    assert found["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "weather"
+    assert found["liubai"]["route"]["way"] != "tool"
+    # a function that may be called, or not, is not in its way
+    assert chat(app, "What is 12 + 30?", route=route, tools=tools).json()["liubai"]["route"]["way"] == "tool"
 
 
 def test_the_first_chunk_says_the_way() -> None:
@@ -239,8 +292,30 @@ def test_the_fast_way_may_lead_to_another_model() -> None:
     found = chat(app, "x", route="fast").json()
     assert (found["model"], found["choices"][0]["message"]["content"]) == ("quick", "Paris")
     assert chat(app, "x", route="think").json()["model"] == "slow"
-    with pytest.raises(UserError, match="no model 'nope'"):
-        House(models, fast="nope")
+    both = create_app(House(models, router=Router.load(), fast="quick", think="slow"))
+    for route, name in (("fast", "quick"), ("think", "slow")):
+        assert {chat(both, "x", route=route, model=asked).json()["model"] for asked in ("slow", "quick")} == {
+            name
+        }
+    assert chat(both, "x", model="quick").json()["model"] == "quick"  # nobody asked for a way
+    for way in ("fast", "think"):
+        with pytest.raises(UserError, match=f"no model 'nope' here for --{way}"):
+            House(models, **{way: "nope"})
+
+
+def test_the_command_names_the_models_of_both_ways(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    async def serve(hosts: Any, door: Any, limits: Any, **more: Any) -> int:
+        told.update(more, names=[one.name for one in hosts])
+        return 0
+
+    monkeypatch.setattr("liubai.serve.server.serve", serve)
+    folder = str(host.folder)
+    asked = ["serve", folder, folder, "--name", "a", "--name", "b", "--fast", "a", "--think", "b"]
+    result = CliRunner().invoke(cli, [*asked, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert (told["names"], told["fast"], told["think"]) == (["a", "b"], "a", "b")
 
 
 # ---- what is refused, and how ----
@@ -268,7 +343,17 @@ def test_the_fast_way_may_lead_to_another_model() -> None:
         ({"stop": list("abcde")}, "stop", "at most 4"),
         ({"top_logprobs": 3}, "top_logprobs", "needs 'logprobs'"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than"),
-        ({"paths": {"kind": "vote", "n": 2, "judge": "process"}}, "paths", "means nothing to vote"),
+        ({"paths": {"kind": "vote", "n": 2, "judge": "process"}}, "paths", "'judge' means nothing to vote"),
+        ({"paths": {"kind": "vote", "width": 2}}, "paths", "'width' means nothing to vote"),
+        ({"paths": {"kind": "greedy", "n": 2}}, "paths", "'n' means nothing to greedy"),
+        ({"paths": {"kind": "vote", "n": True}}, "paths.n", "valid integer"),
+        ({"paths": {"kind": "vote", "n": 65}}, "paths", "'n' is 64 at most"),
+        ({"paths": "tree:65"}, "paths", "'simulations' is 64 at most"),
+        ({"paths": {"kind": "vote", "many": 2}}, "paths.many", "unknown parameter"),
+        ({"paths": {"kind": "vite"}}, "paths.kind", "'vote'"),
+        ({"paths": "vite"}, "paths", "did you mean 'vote'?"),
+        ({"paths": "vote:" + "9" * 100}, "paths", "write KIND, KIND:N"),
+        ({"paths": 3}, "paths", "valid dictionary"),
         ({"paths": "best"}, None, "needs a model that judges"),
         ({"paths": {"kind": "tree", "judge": "process"}}, "paths.judge", "without a process model"),
         ({"paths": "beam", "thinking_budget": 3}, "paths", "beam search has no"),
@@ -605,14 +690,40 @@ def test_the_openai_client_completes_and_is_refused(client: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "paths", ["greedy", {"kind": "vote", "n": 3}, {"kind": "beam", "width": 2}, {"kind": "tree", "n": 2}]
+    "paths", ["greedy", {"kind": "vote", "n": 3}, {"kind": "beam", "width": 2}, "tree:2:rollouts"]
 )
-def test_paths_of_a_real_model(client: Any, paths: Any) -> None:
+def test_paths_of_a_real_model(client: Any, host: Host, paths: Any) -> None:
+    """They are the very paths that the same model writes in this process."""
     found = client.chat.completions.create(
         model="tiny", messages=ASKED, max_tokens=24, seed=1, extra_body={"paths": paths}
     )
     told = found.model_extra["liubai"]["paths"]
-    assert told["list"][told["chosen"]]["content"] == found.choices[0].message.content
+    model, words = load(host.folder)
+    engine = TorchEngine(model, eos_ids=words.eos_ids, slots=16, max_length=host.max_length)
+    engine.load(model.state_dict(), 0)
+    writer = LocalWriter(engine, eos_ids=words.eos_ids)
+    ask = Ask(
+        question=ASKED[0]["content"],
+        template=host.template,
+        prompt_ids=tuple(host.template.prompt_ids(ASKED[0]["content"])),
+        max_tokens=24,
+        seed=derive(1, "choice", 0),
+    )
+    config = read(ChatRequest, {"messages": ASKED, "paths": paths}).way_of_paths()
+    [wanted] = run(writer, [ways.answer(writer, ask, config)])
+    assert (told["kind"], told["chosen"], told["tokens"]) == (
+        config.kind,
+        wanted.chosen,
+        wanted.spent.written,
+    )
+    assert [(one["reasoning"], one["content"], one["answer"], one["votes"]) for one in told["list"]] == [
+        (path.thought, path.content, path.answer, path.votes) for path in wanted.paths
+    ]
+    assert [one["score"] for one in told["list"]] == [
+        path.score if path.score is None else pytest.approx(path.score, abs=1e-4) for path in wanted.paths
+    ]
+    message = found.choices[0].message
+    assert ((message.reasoning_content or ""), message.content) == (wanted.best.thought, wanted.best.content)
 
 
 def test_langchain_asks_a_real_model(server: Running) -> None:
@@ -651,7 +762,7 @@ def test_many_clients_at_once_get_their_own_answers(server: Running, host: Host)
     alone, together = asyncio.run(all_of_them())
     assert together == [alone[seed % 4] for seed in range(28)]
     assert len(set(alone)) == 4
-    assert host.figures().in_use == 0 or host.figures().open == 0
+    server.run(_until(lambda: (host.figures().in_use, host.figures().open, host._places) == (0, 0, 0)))
 
 
 def test_who_is_too_many_is_told_when_to_come_back(server: Running, host: Host) -> None:
@@ -746,4 +857,3 @@ def test_a_request_is_read_the_same_in_all_its_forms() -> None:
     assert (one.prompts(), one.stops()) == ([[1, 2]], ("a",))
     assert read(CompletionRequest, {"prompt": [[1], [2]]}).prompts() == [[1], [2]]
     assert read(ChatRequest, {"messages": ASKED, "n": 2.0}).n == 2  # an integer, by JSON Schema
-    assert read(ChatRequest, {"messages": ASKED, "paths": "vote"}).way_of_paths().kind == "vote"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,12 +33,16 @@ from liubai.commands import serve as command
 from liubai.errors import UserError
 from liubai.model.checkpoint import save_checkpoint
 from liubai.problems import world_vocabulary
+from liubai.serve import app as app_module
+from liubai.serve import server as server_module
 from liubai.serve import shapes
-from liubai.serve.app import create_app
+from liubai.serve.app import Answering, create_app
 from liubai.serve.errors import Refused, refusal_of
 from liubai.serve.guard import host_of
-from liubai.serve.host import Busy, HostDied
 from liubai.serve.limits import DEPTH, Gate, Limits, read_json
+from liubai.serve.load import Busy, HostDied, Unavailable
+from liubai.serve.metrics import Metrics
+from liubai.serve.schema import ChatRequest
 from liubai.serve.server import Door, listen
 from liubai.text.template import BARE
 from liubai.text.tokenizer import word_level
@@ -163,7 +169,16 @@ def test_pages_of_other_sites_are_kept_out_unless_named() -> None:
     opened = create_app(house_of(says(ANSWER)), keys=["k"], origins=["https://a.example"])
     answer = asyncio.run(call_async(opened, "OPTIONS", CHAT, b"", preflight))
     assert (answer.status, answer.headers["access-control-allow-origin"]) == (204, "https://a.example")
-    assert "authorization" in answer.headers["access-control-allow-headers"]
+    assert answer.headers["access-control-allow-headers"] == "authorization, content-type"
+    # what OpenAI's client in a browser sends, and what it does not
+    wanted = (
+        "Authorization, x-stainless-os,X-Stainless-Retry-Count , openai-project, x-stainless-\xe9, cookie"
+    )
+    asks = {**preflight, "access-control-request-headers": wanted}
+    allowed = asyncio.run(call_async(opened, "OPTIONS", CHAT, b"", asks)).headers
+    assert allowed["access-control-allow-headers"] == (
+        "authorization, content-type, x-stainless-os, x-stainless-retry-count, openai-project"
+    )
     refused = call(opened, "POST", CHAT, HELLO, origin="https://a.example")
     assert refused.status == 401
     assert (
@@ -258,11 +273,66 @@ def test_an_answer_may_not_take_for_ever(stream: bool) -> None:
     assert (writer.in_use, writer.cancelled) == (0, 1)
     if not stream:
         assert (answer.status, answer.error["code"]) == (503, "timeout")
+        # it would again: no time to come back is named, and OpenAI's clients do not
+        assert "retry-after" not in answer.headers
+        assert answer.headers["x-should-retry"] == "false"
         return
     assert answer.status == 200
     last = answer.body.decode().split("\n\n")[-2]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
     assert b"[DONE]" not in answer.body
+
+
+def test_a_silent_stream_is_told_that_we_are_there_when_it_was_silent_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock that only waiting moves: 15 seconds after the last thing sent, whatever that was."""
+    now, told = 100.0, list[float]()
+    house = house_of(says(ANSWER))
+    answering: Answering[ChatRequest] = Answering(
+        house,
+        Gate(Limits()),
+        Metrics(),
+        ChatRequest,
+        *(lambda *_: None,) * 3,  # type: ignore[arg-type]
+    )
+    said_at = [105.0, 112.0]  # by the answer itself, while the pulse sleeps
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        if said_at:
+            answering.sent_at = said_at.pop(0)
+
+    async def send(message: dict[str, Any]) -> None:
+        assert message["body"].startswith(b": ")
+        told.append(now)
+        now_and_then = len(told) == 3
+        if now_and_then:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(app_module, "asyncio", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(app_module, "time", SimpleNamespace(monotonic=lambda: now))
+    answering.sent_at = 100.0
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(answering._pulse(send))
+    assert told == [127.0, 142.0, 157.0]
+
+
+def test_a_pulse_that_fails_is_nobodys_task(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def a_little() -> None:
+        await asyncio.sleep(0.2)
+
+    async def failing(self: Answering[ChatRequest], send: Any) -> None:
+        raise Secret("sesame")
+
+    monkeypatch.setattr(Answering, "_pulse", failing)
+    answer = chat(create_app(house_of(says(ANSWER, held=a_little))), stream=True)
+    gc.collect()
+    assert answer.chunks()[-1]["choices"][0]["finish_reason"] == "stop"
+    assert caplog.text == ""
 
 
 # ---- JSON that is none, or means two things ----
@@ -432,6 +502,7 @@ def test_nothing_of_a_question_is_logged(caplog: pytest.LogCaptureFixture) -> No
     [
         (Busy("'x' at /path is full", 2.5), 429, "3"),
         (HostDied("/path died", 0.1), 503, "1"),
+        (Unavailable("/path is broken", 7.0), 503, "7"),
         (TimeoutError("/path"), 503, None),
         (UserError("say it differently"), 400, None),
         (KeyError("/path"), 500, None),
@@ -496,6 +567,106 @@ def test_heads_and_bodies_that_come_slowly_are_cut_off() -> None:
             except ConnectionResetError:
                 cut_off += 1
         assert cut_off >= 20
+
+
+def ended(link: socket.socket) -> bool:
+    """Does the server end it within some seconds?"""
+    link.settimeout(8)
+    try:
+        while link.recv(1 << 16):
+            pass
+    except ConnectionResetError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+#: Heads of requests that are answered before their body has come.
+EARLY = {
+    401: b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n",
+    404: b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\n",
+    405: b"POST /health HTTP/1.1\r\nHost: localhost\r\n",
+    415: b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\r\n",
+    421: b"POST /v1/chat/completions HTTP/1.1\r\nHost: evil.example\r\n",
+    200: b"GET /health HTTP/1.1\r\nHost: localhost\r\n",
+}
+
+
+def test_a_body_that_nobody_reads_is_not_waited_for_either() -> None:
+    """Answered before the body came, a connection lived for as long as a byte of it comes now and then."""
+    options: dict[str, Any] = {"keys": ["k"], "hosts": Door().hosts}
+    with running(house_of(says(ANSWER)), limits=Limits(body_s=0.4, header_s=0.4), **options) as server:
+        for length in (b"Content-Length: 100\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n64\r\n"):
+            links = []
+            for status, head in EARLY.items():
+                link = raw(server.port, head + length)
+                assert until(link, b"}").startswith(b"HTTP/1.1 %d" % status)
+                links.append(link)
+            for link in links:
+                link.sendall(b"x")
+            assert all(map(ended, links))
+        # one that sends its body after all may ask again
+        for head in EARLY.values():
+            link = raw(server.port, head + b"Content-Length: 100\r\n\r\n")
+            until(link, b"}")
+            link.sendall(b"x" * 60)
+            link.sendall(b"x" * 40 + HEALTH)
+            assert until(link, b"}}").startswith((b"HTTP/1.1 200", b"}"))
+        link = raw(server.port, EARLY[401] + b"Content-Length: 100\r\n\r\n")
+        until(link, b"}")
+        link.sendall(b"x" * 100)
+        assert ended(link)  # but must come to the point, too
+
+
+MUCH = 16 << 20  #: bytes: more than a socket holds
+
+
+def asks_for_much(port: int) -> socket.socket:
+    """A client with room for little."""
+    link = socket.socket()
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 15)
+    link.connect(("127.0.0.1", port))
+    link.sendall(b"GET /much.js HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    return link
+
+
+def test_who_does_not_read_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "LOOK_S", 0.2)
+    (tmp_path / "much.js").write_bytes(b"x" * MUCH)
+    with running(house_of(says(ANSWER)), page=tmp_path) as server:
+        connections = server.server.server_state.connections
+        deaf, closing = asks_for_much(server.port), asks_for_much(server.port)
+        deadline = time.monotonic() + 8
+        while sum(one.flow.write_paused for one in list(connections)) < 2:  # type: ignore[union-attr]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        closing.shutdown(socket.SHUT_WR)  # what is left would keep a connection that is being closed
+        while connections:
+            assert time.monotonic() < deadline, "it is still there"
+            time.sleep(0.02)
+        assert raw(server.port, HEALTH).recv(100).startswith(b"HTTP/1.1 200")
+        deaf.close()
+        closing.close()
+
+
+def test_who_reads_slowly_gets_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "LOOK_S", 0.1)
+    (tmp_path / "much.js").write_bytes(b"x" * MUCH)
+    with running(house_of(says(ANSWER)), page=tmp_path) as server:
+        connections, got, held_up = server.server.server_state.connections, 0, 0
+        slow = asks_for_much(server.port)
+        slow.settimeout(8)
+        got = len(until(slow, b"\r\n\r\n").partition(b"\r\n\r\n")[2])
+        while got < MUCH:
+            part = slow.recv(1 << 17)
+            assert part, "it was cut off"
+            got += len(part)
+            held_up += any(one.flow.write_paused for one in list(connections))  # type: ignore[union-attr]
+            time.sleep(0.002)
+        slow.close()
+    assert got == MUCH
+    assert held_up > 10
 
 
 def test_what_is_no_http_does_not_stop_the_server() -> None:
@@ -712,7 +883,9 @@ def test_schemathesis_finds_no_error_of_the_server() -> None:
 
 
 def test_threads_are_not_left_behind() -> None:
-    before = threading.active_count()
-    with running(house_of(says(ANSWER))):
-        pass
-    assert threading.active_count() <= before + 1
+    before = set(threading.enumerate())
+    long = {"messages": [{"role": "user", "content": "hello " * 5000}]}  # encoded beside the loop
+    with running(house_of(says(ANSWER), max_length=1 << 16)) as server:
+        assert until(raw(server.port, http(CHAT, long)), b"}").startswith(b"HTTP/1.1 200")
+        assert set(threading.enumerate()) > before
+    assert set(threading.enumerate()) <= before

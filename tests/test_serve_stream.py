@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 from serving import chat, house_of, says, tokenizer
 
 from liubai.problems import world_vocabulary
+from liubai.rollout.thinking import Ask, Draft, path_of, split
 from liubai.rollout.writer import Piece
 from liubai.serve.app import create_app
 from liubai.serve.replies import bytes_of, entry
 from liubai.serve.streams import Decoder, Said, Speech
 from liubai.serve.toolcalls import Call, parse_call
+from liubai.text.template import Template
 from liubai.text.tokenizer import TextTokenizer, word_level
 
 BYTES = tokenizer()
@@ -170,6 +173,32 @@ def naive(text: str, prefilled: str) -> dict[str, str]:
 def test_every_letter_is_said_once_and_on_the_right_side(parts: list[str], prefilled: str, seed: int) -> None:
     texts, _, _ = heard("".join(parts), prefilled, random.Random(seed))
     assert {kind: "".join(said.split()) for kind, said in texts.items()} == naive("".join(parts), prefilled)
+
+
+@given(PARTS, st.sampled_from(["", "<think>", "<think> </think>"]), st.integers(0, 2**32))
+def test_a_path_is_split_as_its_stream_was(parts: list[str], prefilled: str, seed: int) -> None:
+    text = "".join(parts)
+    texts, _, _ = heard(text, prefilled, random.Random(seed))
+    thought, said = split(SimpleNamespace(prefilled=prefilled), text)  # type: ignore[arg-type]
+    assert "".join(thought.split()) == "".join(texts["reasoning"].split())
+    assert "".join(said.split()) == "".join(texts["content"].split())
+
+
+def test_what_was_never_opened_is_not_closed() -> None:
+    """A template that leaves it to the model to open its thought, and a model that did not."""
+    template = Template(BYTES, "{{ messages[-1].content }} ")
+    assert template.prefilled == ""
+    ids = tuple(BYTES.encode("it is</think> 42"))
+    draft = Draft(ids, (0.0,) * len(ids), (False,) * len(ids))
+    ask = Ask(question="", template=template, prompt_ids=(1,), max_tokens=99, seed=0)
+    path = path_of(ask, draft)
+    assert (path.thought, path.content, path.thought_tokens) == ("", "it is 42", 0)
+    texts, _, speech = heard("it is</think> 42", "", random.Random(0))
+    assert (texts["content"], speech.thought_tokens) == ("it is 42", 0)
+    whole = chat(create_app(house_of(says("it is</think> 42"), template=template.source))).json()
+    assert whole["choices"][0]["message"]["content"] == "it is 42"
+    assert whole["liubai"]["thinking"]["tokens"] == 0
+    assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] == 0
 
 
 def test_answer_tags_are_form_where_they_are_tokens_of_their_own() -> None:

@@ -350,6 +350,23 @@ def test_a_long_result_is_cut_and_leaves_room() -> None:
     assert path.answer == "1"
 
 
+@pytest.mark.parametrize("tokenizer", [ONE_TOKEN, SEVERAL], ids=["one token", "several"])
+@pytest.mark.parametrize("length", [1, 2000])
+def test_a_result_that_no_text_can_be_is_mended(tokenizer: TextTokenizer, length: int) -> None:
+    """A call in JSON may hold half a surrogate pair, which whoever refuses it may quote."""
+
+    async def refuse(call: str) -> str:
+        return "no\ud800 3 " * length
+
+    def says(before: str) -> str:
+        _, told, since = before.rpartition("</tool_response>\n")
+        return ("b</think>\\boxed{1}" if told else "<tool_call>x</tool_call>")[len(since) :]
+
+    path, _, _ = told(tokenizer, says, source=OPENED, use=refuse, max_tokens=600)
+    assert path.calls[0].result.startswith("no? 3")
+    assert path.answer == "1"
+
+
 def test_calls_come_to_an_end() -> None:
     def says(before: str) -> str:
         return "<tool_call>3</tool_call>"

@@ -162,6 +162,17 @@ def test_calls_and_results_go_back_to_the_template() -> None:
             lambda m: m[2]["tool_calls"][0]["function"].update(arguments="1"),
             "messages[2].tool_calls[0].function.arguments",
         ),
+        *(
+            (
+                lambda m, arguments=arguments: m[2]["tool_calls"][0]["function"].update(arguments=arguments),
+                "messages[2].tool_calls[0].function.arguments",
+            )
+            for arguments in (
+                '{"a": "\\ud800"}',  # which JSON can write, and UTF-8 cannot
+                '{"a": [{"\\udfff": 1}]}',
+                '{"a": ' * 65 + "1" + "}" * 65,
+            )
+        ),
     ],
 )
 def test_a_broken_conversation_is_refused_by_its_place(change: Any, param: str) -> None:
@@ -187,6 +198,21 @@ def test_a_template_says_whether_it_takes_tools_and_what_it_objects_to() -> None
 
 
 # ---- over the API ----
+
+
+def test_half_a_surrogate_pair_in_arguments_is_the_clients_mistake() -> None:
+    messages = json.loads(json.dumps(CALLED))
+    messages[2]["tool_calls"][0]["function"]["arguments"] = '{"city": "x\\ud83d"}'
+    answer = call(
+        create_app(house_of(says("</think>hello"))), "POST", "/v1/chat/completions", {"messages": messages}
+    )
+    assert (answer.status, answer.error["param"]) == (400, "messages[2].tool_calls[0].function.arguments")
+    assert "surrogate" in answer.error["message"]
+    messages[2]["tool_calls"][0]["function"]["arguments"] = '{"city": "x\\ud83d\\ude42"}'
+    answer = call(
+        create_app(house_of(says("</think>hello"))), "POST", "/v1/chat/completions", {"messages": messages}
+    )
+    assert answer.status == 200
 
 
 def test_a_call_is_apart_from_the_content() -> None:

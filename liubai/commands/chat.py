@@ -18,7 +18,10 @@ def chat(
     budget: Annotated[int | None, typer.Option(min=0, help="The most tokens of a thought.")] = None,
     at_least: Annotated[int, typer.Option(min=0, help="The fewest: think longer.")] = 0,
     paths: Annotated[
-        str, typer.Option(metavar="KIND[:N]", help="greedy, sample, beam:4, vote:8, best:8, tree:16.")
+        str,
+        typer.Option(
+            metavar="KIND[:N[:BY]]", help="greedy, sample, beam:4, vote:8, best:8, tree:16:rollouts."
+        ),
     ] = "sample",
     judge: Annotated[
         list[Path] | None,

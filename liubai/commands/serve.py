@@ -34,6 +34,10 @@ def serve(
         str | None,
         typer.Option(metavar="NAME", help="The model for the router's fast way.", show_default="asked"),
     ] = None,
+    think: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The model for its way with a thought.", show_default="asked"),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Where to listen; another than this machine needs a key.")
     ] = "127.0.0.1",
@@ -111,7 +115,15 @@ def serve(
         for called, folder in zip(_names(name or [], folders), folders, strict=True)
     ]
     code = asyncio.run(
-        run(hosts, door, limits, fast=fast, router=Router.load(), said=lambda text: print(text, flush=True))
+        run(
+            hosts,
+            door,
+            limits,
+            fast=fast,
+            think=think,
+            router=Router.load(),
+            said=lambda text: print(text, flush=True),
+        )
     )
     if code:
         raise typer.Exit(code)

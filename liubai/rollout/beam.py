@@ -113,7 +113,8 @@ class BeamSearch:
         """The prompt, but for the last token, which the first step feeds."""
         c = self.model.config
         like = self.model.embed_tokens.weight
-        rows = _Rows(c.num_hidden_layers, c.num_key_value_heads, len(ids) + ROOM, c.head_dim, like)
+        most = len(ids) + self.request.max_tokens
+        rows = _Rows(c.num_hidden_layers, c.num_key_value_heads, len(ids) + ROOM, most, c.head_dim, like)
         if ids:
             plain = causal()
 
@@ -184,11 +185,13 @@ class BeamSearch:
 
 
 class _Rows:
-    """Keys and values of all beginnings, and the ``Attend`` of one token a row. Padding rows come last."""
+    """Keys and values of all beginnings, and the ``Attend`` of one token a row. Padding rows come last. There
+    is room for ``length`` tokens at first, and for ``most`` at last."""
 
-    def __init__(self, layers: int, heads: int, length: int, size: int, like: Tensor) -> None:
-        self.k_LWKTE = like.new_zeros(layers, 1, heads, length, size)
+    def __init__(self, layers: int, heads: int, length: int, most: int, size: int, like: Tensor) -> None:
+        self.k_LWKTE = like.new_zeros(layers, 1, heads, min(length, most), size)
         self.v_LWKTE = torch.zeros_like(self.k_LWKTE)
+        self.most = most
         self.filled = 0
 
     def reorder(self, rows_W: Tensor) -> None:
@@ -199,7 +202,7 @@ class _Rows:
             layers, rows, heads, room, size = old_LWKTE.shape
             new_LWKTE = old_LWKTE
             if rows != len(rows_W) or n == room:
-                room = 2 * room if n == room else room
+                room = min(2 * room, self.most) if n == room else room
                 new_LWKTE = old_LWKTE.new_zeros(layers, len(rows_W), heads, room, size)
             new_LWKTE[:, :, :, :n] = old_LWKTE[:, rows_W, :, :n]
             setattr(self, name, new_LWKTE)

@@ -25,7 +25,7 @@ from liubai.rollout.beam import BeamSearch
 from liubai.rollout.engine import Request
 from liubai.rollout.thinking import together
 from liubai.rollout.torch_engine import TorchEngine
-from liubai.rollout.writer import Heard, Judge, Piece
+from liubai.rollout.writer import Beams, Heard, Judge, Piece
 from liubai.types import Sample
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ class LocalWriter:
         self.engine, self.eos_ids, self._judges = engine, tuple(eos_ids), dict(judges or {})
         self._numbers = itertools.count()
         self._open: dict[int, _Open] = {}
-        self._searches: dict[int, tuple[BeamSearch, asyncio.Future[list[Sample]]]] = {}
+        self._searches: dict[int, tuple[BeamSearch, asyncio.Future[Beams]]] = {}
         self._judgements: list[_Judgement] = []
         self._asked = 0  # all that was ever asked for
         self._woken = True  # did the last step give anybody what they waited for?
@@ -82,14 +82,14 @@ class LocalWriter:
             if self._open.pop(number, None) is not None:  # withdrawn: the slot is free at once
                 self.engine.cancel([number])
 
-    async def beams(self, request: Request, width: int) -> list[Sample]:
+    async def beams(self, request: Request, width: int) -> Beams:
         need = len(request.prompt_ids) + request.max_tokens
         if need > self.engine.max_length:
             raise ValueError(f"a request needs {need} tokens, the engine holds {self.engine.max_length}")
         version = self.engine.version
         search = BeamSearch(self.engine.model, request, width, eos_ids=self.eos_ids, version=version)
         number = next(self._numbers)
-        future: asyncio.Future[list[Sample]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Beams] = asyncio.get_running_loop().create_future()
         self._searches[number] = search, future
         self._call()
         try:
@@ -191,7 +191,7 @@ class LocalWriter:
             except UserError as error:
                 self._give(future, error)
             else:
-                self._give(future, search.best())
+                self._give(future, Beams(search.best(), search.length))
             self._searches.pop(number, None)
 
     def _judge(self) -> None:

@@ -55,6 +55,9 @@ NUMBER: dict[Kind, tuple[str, int]] = {
     "tree": ("simulations", 16),
 }
 
+#: No text that names paths has more characters.
+LONGEST = 80
+
 #: Heard of path number so much.
 HeardPath = Callable[[int, Piece], None]
 
@@ -62,7 +65,7 @@ HeardPath = Callable[[int, Piece], None]
 class PathsConfig(BaseModel):
     """What is not set has a default of its kind. A text in its place is read by :meth:`parse`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     kind: Kind = "sample"
     n: int | None = Field(None, ge=1, le=1024, description="answers")
@@ -106,7 +109,7 @@ class PathsConfig(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             what = first["msg"].removeprefix("Value error, ")
-            raise UserError(f"paths '{text[:80]}': {what[:1].lower()}{what[1:]}") from None
+            raise UserError(f"paths '{text[:LONGEST]}': {what[:1].lower()}{what[1:]}") from None
 
     @property
     def number(self) -> int:
@@ -182,8 +185,8 @@ async def sample(
 async def beam(
     writer: Writer, ask: Ask, config: PathsConfig, heard: HeardPath | None, spent: Spent
 ) -> tuple[Sequence[Path], int]:
-    """``alpha`` chooses among what the search found. ``written`` counts the tokens of all beginnings up to
-    the longest answer that it returned: at least so many were computed."""
+    """``alpha`` chooses among what the search found. ``written`` counts what was computed: a token of all
+    beginnings at each of its steps, of which the longest answer that it returns may have had fewer."""
     if ask.budget is not None or ask.at_least or ask.use is not None:
         raise UserError(
             "a beam search writes whole answers: it has no thinking budget, no least thought and no tools"
@@ -197,7 +200,7 @@ async def beam(
     )
     samples = await writer.beams(request, config.number)
     spent.read += len(ask.prompt_ids)
-    spent.written += config.number * max(len(s.completion_ids) for s in samples)
+    spent.written += config.number * samples.steps
     paths = [
         path_of(
             ask,
@@ -316,6 +319,8 @@ def _most(paths: Sequence[Path], key: Callable[[Path], Any]) -> int:
 
 
 def _fields(text: str) -> dict[str, Any]:
+    if len(text) > LONGEST:
+        raise ValueError("write KIND, KIND:N or KIND:N:JUDGE, for example best:8:process")
     kind, *rest = text.strip().split(":")
     if kind not in KINDS:
         raise ValueError(f"there is no kind '{kind}'; {nearest(kind, KINDS)}")

@@ -36,7 +36,8 @@ from liubai.types import Sample, Span, Stop
 
 T = TypeVar("T")
 CALL, END_CALL = "<tool_call>", "</tool_call>"
-RESULT = "\n<tool_response>\n{}\n</tool_response>\n"
+RESPONSE, END_RESPONSE = "<tool_response>", "</tool_response>"
+RESULT = f"\n{RESPONSE}\n{{}}\n{END_RESPONSE}\n"
 #: What closes a thought that has had its budget. A tokenizer of words has no line ends and drops them.
 CLOSE = f"\n{END_THINK}\n\n"
 #: What stands in the place of an end that came too soon: the first that the tokenizer can write.
@@ -272,16 +273,18 @@ async def go_on(
 
 
 def split(template: Template, response: str) -> tuple[str, str]:
-    """``response`` as (thought, what is said), without the tags. A thought that never ends is all thought."""
-    turn = _turn(template, response)
-    closed = turn.rfind(END_THINK)
-    opened = turn.find(THINK)
-    if opened < 0 and closed < 0:
-        return "", response.strip()
-    start = opened + len(THINK) if opened >= 0 else 0
-    if turn.rfind(THINK) > closed:
-        return turn[start:].strip(), ""
-    return turn[start:closed].strip(), turn[closed + len(END_THINK) :].strip()
+    """``response`` as (thought, what is said), without the tags: a thought is what stands behind ``<think>``,
+    up to ``</think>`` if that comes; where none was opened, there is none to close. (A stream cannot take
+    back what it has said, so :class:`liubai.serve.streams.Speech` has no other rule.)"""
+    sides, thinks = {True: "", False: ""}, False
+    for part in re.split(f"({THINK}|{END_THINK})", _turn(template, response)):
+        if part in (THINK, END_THINK):
+            thinks = part == THINK
+        else:
+            said = sides[thinks].rstrip()
+            gap = sides[thinks][len(said) :]  # one of the two spaces around what was cut out
+            sides[thinks] = said + gap + part.lstrip() if said and gap else sides[thinks] + part
+    return sides[True].strip(), sides[False].strip()
 
 
 def is_open(template: Template, text: str) -> bool:
@@ -360,6 +363,7 @@ async def _answered(ask: Ask, draft: Draft, call: str, heard: Heard | None) -> D
     result = await ask.use(call)
     if result is None:
         return draft
+    result = result.encode("utf-8", "replace").decode()  # it may quote half a surrogate pair of the call
     tokenizer = ask.template.tokenizer
     room = ask.max_tokens - len(draft.ids)
     longest = max(0, min(LONGEST_RESULT, room // 2))
@@ -375,7 +379,8 @@ async def _answered(ask: Ask, draft: Draft, call: str, heard: Heard | None) -> D
 
 def _thought_tokens(template: Template, ids: tuple[int, ...], response: str) -> int:
     """How many tokens the thought has, tags included."""
-    if template.prefilled.endswith(END_THINK) or END_THINK not in response:
+    head, closed, _ = response.partition(END_THINK)
+    if not closed or not is_open(template, head):
         return len(ids) if is_open(template, response) else 0
     low, high = 1, len(ids)  # the first length at which the tag is complete
     while low < high:

@@ -11,7 +11,7 @@ To cancel the task is to withdraw the answer: its slot is free at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -35,12 +35,21 @@ class Piece:
 Heard = Callable[[Piece], None]
 
 
+class Beams(list[Sample]):
+    """What a beam search found, best first. ``steps``: how many tokens long it made its beginnings before it
+    was sure that these are the best."""
+
+    def __init__(self, samples: Iterable[Sample], steps: int) -> None:
+        super().__init__(samples)
+        self.steps = steps
+
+
 class Writer(Protocol):
     async def write(self, request: Request, heard: Heard | None = None) -> Sample:
         """The whole answer; ``heard`` is given its tokens as they come. Raises ``ValueError`` for a request
         that can never fit."""
 
-    async def beams(self, request: Request, width: int) -> list[Sample]:
+    async def beams(self, request: Request, width: int) -> Beams:
         """The ``width`` likeliest answers that beam search finds, best first, at temperature 1."""
 
     async def judge(self, judge: Judge, answers: Sequence[tuple[str, str]]) -> list[float]:

@@ -10,6 +10,7 @@ which there is no room. To close the events is to withdraw what is still being w
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import secrets
 import time
@@ -17,18 +18,19 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Seque
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from liubai.rollout.paths import PathsConfig
 from liubai.rollout.paths import answer as write_paths
-from liubai.rollout.thinking import Called, Path
+from liubai.rollout.thinking import Ask, Called, Path
 from liubai.rollout.writer import Heard, Piece, Writer
-from liubai.serve.asking import Job, prepared, routed
+from liubai.serve.asking import Job, prepared, require_sound, routed, way_of
 from liubai.serve.events import ChoiceCalled, ChoiceSaid, Ended, Event, Finish, PathSaid, Started, Usage
 from liubai.serve.house import House
-from liubai.serve.router import Decision
+from liubai.serve.router import CALCULATOR, Decision
 from liubai.serve.schema import ChatRequest
 from liubai.serve.streams import Kind, Said, Speech
 from liubai.serve.toolcalls import Call
-from liubai.serve.tools import ToolError, read_call
-from liubai.types import Stop
+from liubai.serve.tools import TOOLS, ToolError, read_call
+from liubai.types import Sample, Stop
 
 
 async def answer(house: House, request: ChatRequest) -> AsyncGenerator[Event]:
@@ -235,35 +237,37 @@ def _used(called: Called, built: Sequence[str]) -> dict[str, str]:
 
 
 def _calculated(house: House, request: ChatRequest, decision: Decision) -> Iterator[Event]:
-    """The calculator's answer, for which no model writes a token."""
-    found, choices = decision.calculation, request.n or 1
+    """The calculator's answer, for which no model writes a token. Raises as :func:`prepared`, as far as it
+    can matter here."""
+    found = decision.calculation
     assert found is not None
-    route = {"way": decision.way, "why": decision.why}
-    yield Started(house.find(request.model), 0, route)
-    tool = {"name": "calculator", "input": found.understood, "output": found.answer}
-    paths = [
-        {
-            "index": i,
-            "reasoning": "",
-            "content": found.text,
-            "answer": found.answer,
-            "votes": None,
-            "score": None,
-            "tokens": 0,
-            "finish_reason": "stop",
-        }
-        for i in range(choices)
+    require_sound(house, request)
+    served = house.find(request.model)
+    arguments = {TOOLS[CALCULATOR].takes: found.understood}
+    call = json.dumps({"name": CALCULATOR, "arguments": arguments}, ensure_ascii=False)
+    nothing = Sample((), (), (), Stop.EOS, ())
+    path = Path(
+        nothing, (), found.text, "", found.text, found.answer, 0.0, 0, calls=(Called(call, found.answer),)
+    )
+    job = Job(
+        served=served,
+        ask=Ask(question="", template=served.plain, prompt_ids=(), max_tokens=0, seed=0),
+        config=PathsConfig(kind="greedy"),
+        choices=request.n or 1,
+        built=(CALCULATOR,),
+        route=way_of(decision),
+    )
+    yield Started(served, 0, job.route)
+    choices = [
+        Choice(i, Speech(served.tokenizer, stops=request.stops(), before=found.text))
+        for i in range(job.choices)
     ]
-    summary = {
-        "route": route,
-        "thinking": {"tokens": 0, "seconds": 0.0, "forced": False},
-        "paths": {"kind": "greedy", "chosen": 0, "tokens": 0, "list": paths},
-        "tools": [tool],
-    }
-    for i in range(choices):
-        yield ChoiceSaid(i, "content", found.text)
-        last = i == choices - 1
-        yield Ended(i, "stop", Usage(0, 0, 0) if last else None, summary if last else None)
+    for choice in choices:
+        yield from choice.events(choice.speech.end())
+        choice.take(path)
+        last = choice is choices[-1]
+        summary = _summary(job, choices, 0, 0) if last else None
+        yield Ended(choice.index, choice.finish, Usage(0, 0, 0) if last else None, summary)
 
 
 async def flow(work: Callable[[Emit], Sequence[Coroutine[Any, Any, None]]]) -> AsyncGenerator[Event]:

@@ -92,12 +92,12 @@ class Answering(Response, Generic[R]):
             self.metrics.gone.add()
         except Exception as error:
             refused = refusal_of(error)
-            if not self.streaming:
-                await respond(send, refused.status, refused.body(), refused.headers)
-                return
             with suppress(TimeoutError):  # who does not read does not learn it
                 async with asyncio.timeout(FAREWELL_S):
-                    await send(_body(_event(refused.body()), more=False))
+                    if self.streaming:
+                        await send(_body(_event(refused.body()), more=False))
+                    else:
+                        await respond(send, refused.status, refused.body(), refused.headers)
 
     async def _work(self, request: R, send: Send) -> None:
         began = time.monotonic()
@@ -118,13 +118,17 @@ class Answering(Response, Generic[R]):
                     self.sent_at = time.monotonic()
             finally:
                 pulse.cancel()
+                await asyncio.gather(pulse, return_exceptions=True)
             await send(_body(b"data: [DONE]\n\n", more=False))
 
     async def _pulse(self, send: Send) -> None:
         while True:
-            await asyncio.sleep(SILENCE_S)
-            if time.monotonic() - self.sent_at >= SILENCE_S:
+            silent_at = self.sent_at + SILENCE_S
+            if (left := silent_at - time.monotonic()) > 0:
+                await asyncio.sleep(left)
+            else:
                 await send(_body(b": still here\n\n"))
+                self.sent_at = time.monotonic()
 
     async def _observed(self, started: Started, events: Events, began: float) -> AsyncIterator[Event]:
         """The events as they are, counted."""

@@ -6,27 +6,31 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-from pydantic import ValidationError
+from typing import Any, TypeVar
 
 from liubai.errors import UserError
-from liubai.rollout.paths import NUMBER, PathsConfig, judge_of
+from liubai.rollout.paths import PathsConfig, judge_of
 from liubai.rollout.thinking import AGAIN, Ask
 from liubai.seeds import derive
 from liubai.serve.errors import bad
+from liubai.serve.host import Host
 from liubai.serve.house import House, Served
-from liubai.serve.router import Decision
+from liubai.serve.router import CALCULATOR, Decision
 from liubai.serve.schema import ChatRequest, CompletionRequest
 from liubai.serve.streams import Speech
 from liubai.serve.toolcalls import begun, for_template, offered, parse_call, text_of_message
 from liubai.serve.tools import CALLS, SECONDS, Tools, described
+from liubai.stages.by_paths import settled
 from liubai.text.template import Objection, Template
-from liubai.text.tokenizer import THINK
 
+T = TypeVar("T")
 #: A prompt of so many characters is encoded beside the event loop.
 LONG = 20_000
+#: Bytes of the keys and values of one beam search, at its longest. While it makes room and puts its rows in a
+#: new order, it holds up to three times as many.
+BEAMS = 2 << 30
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,19 +94,15 @@ def routed(house: House, request: ChatRequest) -> Decision | None:
     if house.router is None:
         raise bad("this server has no router; leave 'route' out", "route")
     said = [{"role": m.role, "content": text_of_message(m)} for m in request.messages]
-    return house.router.route(said, route=request.route)
+    # who demands a call of a function gets that, whatever the calculator knows
+    return house.router.route(said, route=request.route, tools=() if begun(request) else (CALCULATOR,))
 
 
 async def prepared(house: House, request: ChatRequest, decision: Decision | None) -> Job:
     """Raises ``Refused`` and ``UserError``."""
-    served, limits = house.find(request.model), house.limits
-    if decision is not None and decision.way == "fast" and house.fast is not None:
-        served = house.find(house.fast)
-    if len(request.messages) > limits.messages:
-        raise bad(f"this server reads {limits.messages} messages at most", "messages")
-    if request.top_logprobs is not None and not request.logprobs:
-        raise bad("'top_logprobs' needs 'logprobs': true", "top_logprobs")
-    config = _config(request)
+    limits = house.limits
+    require_sound(house, request)
+    served = house.on(None if decision is None else decision.way, request.model)
     tools, before = offered(request), begun(request)
     thinks = request.thinks() if decision is None else decision.way == "think"
     thinks = thinks and not before
@@ -114,25 +114,27 @@ async def prepared(house: House, request: ChatRequest, decision: Decision | None
     if built and not served.calls:
         raise bad(f"'{served.name}' cannot write tool calls", "use_tools", "tools_unsupported")
     shown = [*tools, *described(built)] if template.takes_tools else []
-    prompt_ids = await _encoded(template, for_template(request.messages), shown, before)
+    behind = (() if thinks else (served.closing,)) + (before,)
+    prompt_ids = await _encoded(template, for_template(request.messages), shown, behind)
     question = next(
         (text_of_message(m) for m in reversed(request.messages) if m.role == "user"),
         text_of_message(request.messages[-1]),
     )
+    config = settled(request.way_of_paths(), served.writer.judges(), question)
     seed = secrets.randbits(62) if request.seed is None else request.seed
-    budget = request.budget(served.max_length) if thinks else None
-    if not thinks and template.prefilled == THINK:
-        budget = 0  # a template that always thinks: the thought is closed at once
+    max_tokens = most(served, limits.max_tokens, len(prompt_ids), request)
+    if request.max_tokens is None and request.max_completion_tokens is None:
+        max_tokens = max(1, min(max_tokens, _longest(served, config) - len(prompt_ids)))
     ask = Ask(
         question=question,
         template=template,
         prompt_ids=prompt_ids,
-        max_tokens=most(served, limits.max_tokens, len(prompt_ids), request),
+        max_tokens=max_tokens,
         seed=seed,
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=top_p(request.top_p),
         alternatives=(request.top_logprobs or 0) if request.logprobs else 0,
-        budget=budget,
+        budget=request.budget(served.max_length) if thinks else None,
         at_least=(request.think_at_least or 0) if thinks else 0,
     )
     job = Job(
@@ -147,10 +149,26 @@ async def prepared(house: House, request: ChatRequest, decision: Decision | None
         before=before,
         one_call=request.parallel_tool_calls is False,
         curious=bool(request.logprobs),
-        route=None if decision is None else {"way": decision.way, "why": decision.why},
+        route=way_of(decision),
     )
     _check(job, limits.answers)
     return job
+
+
+def way_of(decision: Decision | None) -> dict[str, str] | None:
+    """For a client, where a way was asked for."""
+    return None if decision is None else {"way": decision.way, "why": decision.why}
+
+
+def require_sound(house: House, request: ChatRequest) -> None:
+    """Raises ``Refused`` for what is wrong whoever answers."""
+    limits = house.limits
+    if len(request.messages) > limits.messages:
+        raise bad(f"this server reads {limits.messages} messages at most", "messages")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad("'top_logprobs' needs 'logprobs': true", "top_logprobs")
+    if (request.n or 1) > limits.answers:
+        raise bad(f"this server writes {limits.answers} answers at once at most", "n")
 
 
 def _check(job: Job, answers: int) -> None:
@@ -164,30 +182,33 @@ def _check(job: Job, answers: int) -> None:
         raise bad(f"'{job.served.name}' is served without a process model", "paths.judge")
     if config.kind == "beam" and (ask.budget is not None or ask.at_least or job.built):
         raise bad("a beam search has no thinking budget, no least thought and no tools", "paths")
+    if (need := len(ask.prompt_ids) + ask.max_tokens) > _longest(job.served, config):
+        raise bad(
+            f"{config.number} beams of up to {need} tokens take more memory than a search has; lower the "
+            "width or 'max_tokens'",
+            "paths",
+        )
     if ask.temperature == 0 and config.kind not in ("greedy", "beam") and job.several:
         raise bad("several answers at temperature 0 are one and the same", "temperature")
     if job.answers > answers:
-        raise bad(f"this server writes {answers} answers at once at most", "paths" if job.several else "n")
+        raise bad(f"this server writes {answers} answers at once at most", "paths")
     tokenizer = job.served.tokenizer
     words = [tokenizer.encode(word) for pair in AGAIN.values() for word in pair]
     if ask.at_least and not any(ids and tokenizer.unknown_id not in ids for ids in words):
         raise bad(f"'{job.served.name}' has no word with which to think on", "think_at_least")
 
 
-def _config(request: ChatRequest) -> PathsConfig:
-    asked = request.way_of_paths()
-    fields: dict[str, Any] = {"kind": asked.kind}
-    name = NUMBER[asked.kind][0] if asked.kind in NUMBER else None
-    number = asked.width if asked.kind == "beam" and asked.width is not None else asked.n
-    if name is not None and number is not None:
-        fields[name] = number
-    if asked.judge is not None:
-        fields["judge"] = asked.judge
-    try:
-        return PathsConfig.model_validate(fields)
-    except ValidationError as error:
-        reason = str(error.errors(include_input=False)[0]["msg"]).removeprefix("Value error, ")
-        raise bad(f"'paths': {reason}", "paths", "invalid_value") from None
+def _longest(served: Served, config: PathsConfig) -> int:
+    """The most tokens of prompt and answer together: those that the model holds, in a beam search also those
+    that there is memory for."""
+    if config.kind != "beam":
+        return served.max_length
+    bounds = [served.max_length]
+    if served.token_bytes:
+        bounds.append(BEAMS // (config.number * served.token_bytes))
+    if isinstance(served.writer, Host):
+        bounds.append(served.writer.slots * served.max_length // config.number)
+    return min(bounds)
 
 
 def top_p(asked: float | None) -> float:
@@ -216,18 +237,38 @@ def most(served: Served, limit: int | None, prompt: int, request: ChatRequest | 
 
 
 async def _encoded(
-    template: Template, messages: list[dict[str, Any]], tools: list[dict[str, Any]], before: str
+    template: Template, messages: list[dict[str, Any]], tools: list[dict[str, Any]], behind: tuple[str, ...]
 ) -> tuple[int, ...]:
     def encode() -> list[int]:
         ids = template.chat_ids(messages, tools or None)
-        return ids + (template.tokenizer.encode(before) if before else [])
+        return ids + [i for text in behind if text for i in template.tokenizer.encode(text)]
 
     try:
-        length = sum(len(message["content"]) for message in messages)
-        ids = encode() if length < LONG else await asyncio.to_thread(encode)
+        ids = await beside(letters(messages, tools), encode)
     except UserError as error:
         said = f": {error.__cause__}"[:200] if isinstance(error.__cause__, Objection) else ""
         raise bad(f"the model's chat template does not take these messages{said}", "messages") from None
     if not ids:
         raise bad("the messages are empty", "messages")
     return tuple(ids)
+
+
+async def beside(length: int, work: Callable[[], T]) -> T:
+    """What ``work`` returns, which encodes ``length`` characters: in a thread where that takes long."""
+    return work() if length < LONG else await asyncio.to_thread(work)
+
+
+def letters(*values: object) -> int:
+    """Characters of all texts in JSON, about as they are shown to a model."""
+    total, left = 0, list(values)
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            total += len(one)
+        elif isinstance(one, dict):
+            left += one.keys()
+            left += one.values()
+        elif isinstance(one, list):
+            left += one
+        total += 1
+    return total

@@ -3,7 +3,6 @@ choice."""
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -11,9 +10,10 @@ from contextlib import aclosing
 from liubai.rollout.engine import Request
 from liubai.seeds import derive
 from liubai.serve.answering import Choice, Emit, flow, until_enough
-from liubai.serve.asking import LONG, most, top_p
+from liubai.serve.asking import beside, most, top_p
 from liubai.serve.errors import bad
 from liubai.serve.events import ChoiceSaid, Ended, Event, Started, Usage
+from liubai.serve.host import Host
 from liubai.serve.house import House, Served
 from liubai.serve.schema import CompletionRequest
 from liubai.serve.streams import Speech
@@ -27,7 +27,8 @@ async def complete(house: House, request: CompletionRequest) -> AsyncGenerator[E
         raise bad(
             "this server has no log-probabilities of prompts; leave 'logprobs' or 'echo' out", "logprobs"
         )
-    prompts = [await _tokens(served, prompt) for prompt in request.prompts()]
+    asked = request.prompts()
+    prompts = await beside(sum(map(len, asked)), lambda: [_tokens(served, prompt) for prompt in asked])
     if n * len(prompts) > house.limits.answers:
         raise bad(f"this server writes {house.limits.answers} answers at once at most", "n")
     seed = secrets.randbits(62) if request.seed is None else request.seed
@@ -74,17 +75,15 @@ async def complete(house: House, request: CompletionRequest) -> AsyncGenerator[E
                 yield event
 
 
-async def _tokens(served: Served, prompt: str | list[int]) -> tuple[int, ...]:
+def _tokens(served: Served, prompt: str | list[int]) -> tuple[int, ...]:
     """Of a text with what its tokenizer puts in front."""
     backend = served.tokenizer.backend
-    if isinstance(prompt, list):
-        if max(prompt) >= backend.get_vocab_size(with_added_tokens=True):
-            raise bad("a token of the prompt is not one of the model's", "prompt")
-        return tuple(prompt)
-    if len(prompt) < LONG:
-        ids = backend.encode(prompt).ids
-    else:
-        ids = (await asyncio.to_thread(backend.encode, prompt)).ids
+    ids = prompt if isinstance(prompt, list) else backend.encode(prompt).ids
+    vocabulary = backend.get_vocab_size(with_added_tokens=True)
+    if isinstance(served.writer, Host):  # a tokenizer may have more tokens than its model
+        vocabulary = min(vocabulary, served.writer.config.vocab_size)
+    if max(ids, default=0) >= vocabulary:
+        raise bad("a token of the prompt is not one of the model's", "prompt")
     if not ids and served.tokenizer.bos_id is not None:
         ids = [served.tokenizer.bos_id]
     if not ids:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from liubai.errors import UserError
-from liubai.serve.host import Busy, Unavailable
+from liubai.serve.load import Busy, Unavailable
 
 log = logging.getLogger("liubai.serve")
 
@@ -88,7 +88,10 @@ def refusal_of(error: BaseException) -> Refused:
         )
     if isinstance(error, TimeoutError):
         return Refused(
-            503, "the answer took longer than this server allows; ask for fewer tokens", code="timeout"
+            503,
+            "the answer took longer than this server allows; ask for fewer tokens",
+            code="timeout",
+            headers={"X-Should-Retry": "false"},  # OpenAI's clients ask again after any other 503
         )
     if isinstance(error, UserError):  # one of ours: written for whoever asked
         return bad(" ".join(str(error).split()))
@@ -97,11 +100,16 @@ def refusal_of(error: BaseException) -> Refused:
 
 
 def note(error: BaseException) -> None:
-    """The kind of an error and the place in our code, for the log: no message, which may hold anything."""
+    """For the log."""
+    log.error("%s", named(error))
+
+
+def named(error: BaseException) -> str:
+    """The kind of an error and the place in our code: no message, which may hold anything."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "liubai" in frame.filename] or frames
     last = ours[-1] if ours else None
     place = "an unknown place"
     if last is not None:
         place = f"{Path(last.filename).stem}.{last.name}, line {last.lineno}"
-    log.error("unexpected %s in %s", type(error).__name__, place)
+    return f"unexpected {type(error).__name__} in {place}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ HEADERS = (
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
 )
+#: Headers with which OpenAI's own clients say who they are. A browser asks for each of them.
+CLIENT = re.compile(r"x-stainless-[a-z-]{1,32}|openai-(?:organization|project)|idempotency-key")
 #: The names under which a server on this machine is called by this machine.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -123,7 +126,7 @@ class Guard:
             allowed = b"*" if "*" in self.origins else origin.encode("latin-1")
             found += [
                 (b"access-control-allow-origin", allowed),
-                (b"access-control-expose-headers", b"retry-after, x-request-id"),
+                (b"access-control-expose-headers", b"retry-after, x-request-id, x-should-retry"),
             ]
         return found
 
@@ -131,9 +134,11 @@ class Guard:
         origin = headers.get(b"origin", b"").decode("latin-1")
         if "*" not in self.origins and origin not in self.origins:
             raise Refused(403, "pages of other sites may not use this server", code="origin_not_allowed")
+        asked = headers.get(b"access-control-request-headers", b"").decode("latin-1").lower()
+        told = [name for name in map(str.strip, asked.split(",")) if CLIENT.fullmatch(name)]
         allowed = {
             "Access-Control-Allow-Methods": "GET, POST",
-            "Access-Control-Allow-Headers": "authorization, content-type",
+            "Access-Control-Allow-Headers": ", ".join(["authorization", "content-type", *told]),
             "Access-Control-Max-Age": "600",
         }
         await respond(send, 204, None, allowed)

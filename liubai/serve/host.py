@@ -28,10 +28,10 @@ from liubai.errors import UserError
 from liubai.model.checkpoint import load_tokenizer, read_config
 from liubai.model.hub import checkpoint_digest, find_folder
 from liubai.rollout.engine import Request
-from liubai.rollout.writer import Heard, Judge, Piece
-from liubai.serve.load import Figures, Moving, State
+from liubai.rollout.writer import Beams, Heard, Judge, Piece
+from liubai.serve.load import Busy, Figures, HostDied, Moving, State, Unavailable
 from liubai.serve.process import Process
-from liubai.serve.wire import NOTE, Written, unpack
+from liubai.serve.wire import NOTE, VERSION, Written, unpack
 from liubai.text.template import template_for
 from liubai.types import Sample, Span, Stop
 
@@ -44,24 +44,6 @@ FIRST_PAUSE, LONGEST_PAUSE, SETTLED = 0.5, 30.0, 60.0
 SOONEST, LATEST = 1.0, 60.0
 #: Below this, float32 cannot divide by a temperature, and the answer is the greedy one anyhow.
 COLDEST, NARROWEST = 1e-3, 1e-6
-#: The version of weights that never change.
-VERSION = 0
-
-
-class Unavailable(Exception):
-    """No answer now; ``retry_after_s`` says when there may be one."""
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class Busy(Unavailable):
-    """Too many are waiting already."""
-
-
-class HostDied(Unavailable):
-    """The model's process is gone, and with it the answers that it was writing."""
 
 
 @dataclass(slots=True)
@@ -243,7 +225,7 @@ class Host:
         with self.admit() as writer:
             return await writer.write(request, heard)
 
-    async def beams(self, request: Request, width: int) -> list[Sample]:
+    async def beams(self, request: Request, width: int) -> Beams:
         with self.admit(width) as writer:
             return await writer.beams(request, width)
 
@@ -279,12 +261,12 @@ class Host:
         sample: Sample = await self._ask(one, ["write", heard is not None, *self._fields(request)])
         return sample
 
-    async def _beams(self, request: Request, width: int) -> list[Sample]:
+    async def _beams(self, request: Request, width: int) -> Beams:
         if not 1 <= width <= self.slots + self.waiting:
             raise ValueError(f"a beam has a width between 1 and {self.slots + self.waiting}, not {width}")
         one = _Open(_future(), request)
-        samples: list[Sample] = await self._ask(one, ["beams", width, *self._fields(request)])
-        return samples
+        found: Beams = await self._ask(one, ["beams", width, *self._fields(request)])
+        return found
 
     def _fields(self, request: Request) -> list[Any]:
         """What goes over the wire. The process must not meet what could end it, or spoil the step of all."""
@@ -295,7 +277,8 @@ class Host:
                 f"'{self.name}' holds {self.max_length}"
             )
         if min(r.prompt_ids) < 0 or max(r.prompt_ids) >= self.config.vocab_size:
-            raise ValueError(f"a prompt token is not one of the {self.config.vocab_size} of '{self.name}'")
+            # a tokenizer may have more tokens than its model: of the request, not of the server
+            raise UserError(f"a prompt token is not one of the {self.config.vocab_size} of '{self.name}'")
         if not -(2**63) <= r.seed < 2**63:
             raise ValueError("a seed must fit into 64 bits")
         temperature = max(r.temperature, COLDEST) if r.temperature else 0.0
@@ -349,16 +332,19 @@ class Host:
             if not ready.done():
                 ready.set_result(None) if what == "ready" else ready.set_exception(UserError(rest[0]))
             return
-        stream, value = rest
+        stream, value, *more = rest
         one = self._open.pop(stream, None)
         if one is None or one.future.done():
             return
         if what == "refused":
             one.future.set_exception(UserError(value))
+        elif what == "broken":
+            one.future.set_exception(Unavailable(f"'{self.name}' cannot answer: {value}", self._back_in()))
         elif what == "scores":
             one.future.set_result(value)
         else:
-            self._end(one, [_sample(one, ids, logprobs, Stop(stop)) for ids, logprobs, stop in value])
+            samples = (_sample(one, ids, logprobs, Stop(stop)) for ids, logprobs, stop in value)
+            self._end(one, Beams(samples, *more))
 
     def _end(self, one: _Open, result: Any) -> None:
         self._answers += 1
@@ -385,7 +371,7 @@ class Places:
     async def write(self, request: Request, heard: Heard | None = None) -> Sample:
         return await self.host._write(request, heard)
 
-    async def beams(self, request: Request, width: int) -> list[Sample]:
+    async def beams(self, request: Request, width: int) -> Beams:
         return await self.host._beams(request, width)
 
     async def judge(self, judge: Judge, answers: Sequence[tuple[str, str]]) -> list[float]:

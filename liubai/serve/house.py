@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from liubai.errors import UserError
+from liubai.model.config import ModelConfig
 from liubai.rollout.paths import KINDS
-from liubai.rollout.thinking import END_CALL, completing
+from liubai.rollout.thinking import CLOSE, END_CALL, completing
 from liubai.rollout.writer import Writer
 from liubai.serve.errors import Refused
 from liubai.serve.host import Host
@@ -24,7 +26,8 @@ from liubai.text.tokenizer import ANSWER, END_THINK, THINK, TextTokenizer
 
 @dataclass
 class Served:
-    """A model under its name. ``writer`` writes for it; one that has ``admit`` is asked for room first."""
+    """A model under its name. ``writer`` writes for it; one that has ``admit`` is asked for room first.
+    ``token_bytes`` are the keys and values of a token in a beam search, at most; 0: nobody counts them."""
 
     name: str
     writer: Writer
@@ -33,20 +36,33 @@ class Served:
     max_length: int
     version: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
+    token_bytes: int = 0
 
     def __post_init__(self) -> None:
-        #: the same without a thought, as far as the template knows how
+        #: the same without a thought; where the template always opens one, ``closing`` must follow it
         self.plain = Template(self.tokenizer, self.thinking.source, thinking=False)
+        self.closing = ""
         own = self.tokenizer.id_of(THINK) is not None and self.tokenizer.id_of(END_THINK) is not None
         self.thinks = (
             own or self.thinking.prefilled == THINK or self.plain.prefilled != self.thinking.prefilled
         )
+        if self.plain.prefilled == THINK:
+            self.plain = copy.copy(self.plain)
+            self.plain.prefilled, self.closing = f"{THINK} {END_THINK}", CLOSE
         #: ``<answer>`` and its end are form, not text
         self.tagged = self.tokenizer.id_of(ANSWER) is not None or self.thinking.source == THINK_ANSWER
 
     @classmethod
     def by(cls, host: Host) -> Served:
-        return cls(host.name, host, host.tokenizer, host.template, host.max_length, host.version)
+        return cls(
+            host.name,
+            host,
+            host.tokenizer,
+            host.template,
+            host.max_length,
+            host.version,
+            token_bytes=token_bytes(host.config),
+        )
 
     @property
     def calls(self) -> bool:
@@ -65,8 +81,8 @@ class Served:
 
 
 class House:
-    """All models; the first is the one that answers when none is named. ``fast`` is the name of the model to
-    which a router's fast way leads (default: the one that was asked)."""
+    """All models; the first is the one that answers when none is named. ``fast`` and ``think`` are the names
+    of the models to which a router's ways lead (default: the one that was asked)."""
 
     def __init__(
         self,
@@ -75,12 +91,21 @@ class House:
         *,
         router: Router | None = None,
         fast: str | None = None,
+        think: str | None = None,
     ) -> None:
         self.models = {served.name: served for served in models}
         self.limits, self.router = limits or Limits(), router
-        if fast is not None and fast not in self.models:
-            raise UserError(f"there is no model '{fast}' here to be the fast one")
-        self.fast = fast
+        ways: dict[str, str | None] = {"fast": fast, "think": think}
+        self.ways = {way: name for way, name in ways.items() if name is not None}
+        for way, name in self.ways.items():
+            if name not in self.models:
+                raise UserError(f"there is no model '{name}' here for --{way}; name one of those served")
+
+    def on(self, way: str | None, name: str | None) -> Served:
+        """The model for a way of the router; the one of that name where it has none of its own. Raises
+        :class:`Refused` (404)."""
+        asked = self.find(name)
+        return asked if way not in self.ways else self.models[self.ways[way]]
 
     def find(self, name: str | None) -> Served:
         """Raises :class:`Refused` (404)."""
@@ -110,6 +135,11 @@ class House:
                 "functions": served.thinking.takes_tools,
             },
         }
+
+
+def token_bytes(config: ModelConfig) -> int:
+    """Of the keys and values of one token, in float32."""
+    return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

@@ -8,11 +8,12 @@ and ``["ready"]`` or ``["failed", text]`` goes back. Then each note in is a list
     ["judge", stream, judge, [[question, response], …]]
     ["cancel", stream]
 
-and out come pieces, and the notes ``["beams", stream, [[ids, logprobs, stop], …]]``,
-``["scores", stream, […]]`` and ``["refused", stream, text]``. One loop does it all: commands are read between
-two steps of the engine, a beam search advances one token and a judge reads a few answers at a time, so that
-nobody waits for long. The process sleeps while there is nothing to do, leaves signals to its parent, and ends
-when the socket does.
+and out come pieces, and the notes ``["beams", stream, [[ids, logprobs, stop], …], steps]``,
+``["scores", stream, […]]``, ``["refused", stream, text]`` (what was asked cannot be) and
+``["broken", stream, text]`` (the fault is here). One loop does it all: commands are read between two steps of
+the engine, a beam search advances one token and a judge reads a few answers at a time, so that nobody waits
+for long. The process sleeps while there is nothing to do, leaves signals to its parent, and ends when the
+socket does.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ import torch
 
 from liubai.errors import UserError
 from liubai.model.checkpoint import load
-from liubai.problems import FAMILIES
-from liubai.problems.family import Audited
 from liubai.rollout.beam import BeamSearch
 from liubai.rollout.engine import Request, generate
 from liubai.rollout.torch_engine import TorchEngine
-from liubai.serve.wire import NOTE, Frames, Pieces, Written, note, pack
+from liubai.rollout.writer import Judge
+from liubai.serve.errors import named
+from liubai.serve.wire import NOTE, VERSION, Frames, Pieces, Written, note, pack
+from liubai.stages.by_paths import judges_of
 from liubai.stages.config import Compute
-from liubai.stages.scoring import Preference, Process
-from liubai.types import Problem, Stop
+from liubai.types import Stop
 
 #: Pieces that the other end is glad to handle in a second: with many streams, each is heard less often.
 PIECES_A_SECOND = 1000
@@ -53,12 +54,8 @@ LONGEST = 0.2
 LOT, LONGEST_LOT = 1e-4, 0.02
 #: The load is told at least so often while there is work, in seconds.
 REPORT = 1.0
-#: Answers that a judge reads between two steps, and searches that are going on at a time.
-JUDGED, SEARCHES = 4, 4
-#: The version of weights that never change.
-VERSION = 0
-
-Judging = Callable[[Sequence[tuple[Problem, str]]], list[float]]
+#: Answers that a judge reads between two steps.
+JUDGED = 4
 
 
 @dataclass(slots=True)
@@ -70,23 +67,7 @@ class Settings:
     max_length: int
     device: str
     threads: int
-    judges: dict[str, str] = field(default_factory=dict)
-
-
-def problem_of(question: str) -> Problem:
-    """The question as a problem of the family that asks so, among those whose thoughts can be checked: then a
-    process model finds the steps. A problem of no family where there is none."""
-    gold = question.partition(" ")[2]  # what stands after the word that asks is the specification
-    for name, family in FAMILIES.items():
-        if isinstance(family, Audited):
-            problem = Problem(question, gold, family.verifier, name)
-            try:
-                family.key(problem)
-                family.steps(problem, "")
-            except Exception:  # parsers of their own questions, in any way they like
-                continue
-            return problem
-    return Problem(question, "", "")
+    judges: dict[Judge, str] = field(default_factory=dict)
 
 
 class Outbox:
@@ -168,21 +149,18 @@ class Inside:
         )
         self.let_in = 0.0  # when requests last were
         self.engine.load(model.state_dict(), VERSION)
-        kinds: dict[str, Callable[[Path, torch.device], Judging]] = {
-            "preference": Preference,
-            "process": Process,
-        }
-        self.judges = {name: kinds[name](Path(path), device) for name, path in settings.judges.items()}
+        folders = {judge: Path(path) for judge, path in settings.judges.items()}
+        self.judges = judges_of(folders, None, device)
         self.outbox = Outbox(link.sendall)
-        self.judging: deque[tuple[int, str, list[tuple[Problem, str]], list[float]]] = deque()
+        self.judging: deque[tuple[int, Judge, list[tuple[str, str]], list[float]]] = deque()
         self.asked: deque[tuple[Request, int]] = deque()  # searches that have not begun: a request, a width
-        self.searches: dict[int, BeamSearch] = {}
+        self.search: tuple[int, BeamSearch] | None = None  # one at a time, for each holds much memory
         # kernels are compiled at the first use: not while somebody waits
         generate(self.engine, [Request(id=-1, prompt_ids=(tokenizer.eos_id,), max_tokens=2, seed=0)])
 
     def run(self) -> None:
         while True:
-            busy = bool(self.engine.pending or self.judging or self.asked or self.searches)
+            busy = bool(self.engine.pending or self.judging or self.asked or self.search)
             commands = self._read(wait=not busy)
             if commands is None:
                 return
@@ -192,7 +170,7 @@ class Inside:
             try:
                 ended = self._step()
             except UserError as error:  # broken weights, no memory: all who were being written are lost
-                self._fail_all(str(error))
+                self._fail_all(error)
                 continue
             self.outbox.pass_on(self.engine, ended, news=cancelled)
             self._search()
@@ -236,27 +214,33 @@ class Inside:
                 self.asked.append((_request(stream, *fields), width))
             else:
                 judge, answers = rest
-                asked = [(problem_of(question), response) for question, response in answers]
-                self.judging.append((stream, judge, asked, []))
-        except (UserError, ValueError) as error:
-            self._refuse(stream, str(error))
+                self.judging.append((stream, judge, list(map(tuple, answers)), []))
+        except ValueError as error:
+            self._refuse(stream, error)
 
     def _cancel(self, stream: int) -> None:
         self.engine.cancel([stream])
         self.outbox.close(stream)
-        self.searches.pop(stream, None)
+        if self.search is not None and self.search[0] == stream:
+            self.search = None
         self.asked = deque(search for search in self.asked if search[0].id != stream)
         self.judging = deque(job for job in self.judging if job[0] != stream)
 
-    def _fail_all(self, text: str) -> None:
+    def _fail_all(self, error: UserError) -> None:
+        told(error)
         for stream in self.outbox.streams():
             self.outbox.close(stream)
-            self._refuse(stream, text)
+            self.link.sendall(note(["broken", stream, named(error)]))
         self.engine.abort()
         self.outbox.pass_on(self.engine, [], news=True)
 
-    def _refuse(self, stream: int, text: str) -> None:
-        self.link.sendall(note(["refused", stream, text]))
+    def _refuse(self, stream: int, error: Exception) -> None:
+        self.link.sendall(note(["refused", stream, str(error)]))
+
+    def _break(self, stream: int, error: Exception) -> None:
+        """The others go on, whatever it was."""
+        told(error)
+        self.link.sendall(note(["broken", stream, named(error)]))
 
     def _judge(self) -> None:
         if not self.judging:
@@ -265,34 +249,34 @@ class Inside:
         some = answers[len(scores) : len(scores) + JUDGED]
         try:
             scores += self.judges[judge](some) if some else []
-        except UserError as error:
+        except Exception as error:
             self.judging.popleft()
-            self._refuse(stream, str(error))
+            self._refuse(stream, error) if isinstance(error, UserError) else self._break(stream, error)
             return
         if len(scores) == len(answers):
             self.judging.popleft()
             self.link.sendall(note(["scores", stream, scores]))
 
     def _search(self) -> None:
-        for stream in list(self.searches):
-            self._advance(stream, self.searches[stream])
-        while self.asked and len(self.searches) < SEARCHES:
+        if self.search is not None:
+            self._advance(*self.search)
+        while self.asked and self.search is None:
             request, width = self.asked.popleft()
             try:
-                self.searches[request.id] = BeamSearch(self.model, request, width, eos_ids=self.eos_ids)
-            except (UserError, ValueError) as error:
-                self._refuse(request.id, str(error))
+                self.search = request.id, BeamSearch(self.model, request, width, eos_ids=self.eos_ids)
+            except Exception as error:
+                self._break(request.id, error)
 
     def _advance(self, stream: int, search: BeamSearch) -> None:
         try:
             if search.step():
                 return
-        except UserError as error:
-            self._refuse(stream, str(error))
+        except Exception as error:
+            self._break(stream, error)
         else:
             found = [[s.completion_ids, s.logprobs, s.stop] for s in search.best()]
-            self.link.sendall(note(["beams", stream, found]))
-        del self.searches[stream]
+            self.link.sendall(note(["beams", stream, found, search.length]))
+        self.search = None
 
 
 def _request(
@@ -317,7 +301,13 @@ def _request(
     )
 
 
-def main(fd: int) -> None:
+def told(error: Exception) -> None:
+    """To whoever runs the server: no message, which may hold anything."""
+    print(f"liubai: {named(error)}", file=sys.stderr, flush=True)
+
+
+def main(fd: int) -> int:
+    """The exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent, who got it too, lets answers finish first
         signal.signal(number, signal.SIG_IGN)
     os.dup2(2, 1)  # what a library prints must not end up in the server's output
@@ -327,7 +317,7 @@ def main(fd: int) -> None:
         while not first:
             data = link.recv(1 << 16)
             if not data:
-                return
+                return 0
             first = frames.feed(data)
         settings = Settings(**json.loads(first[0][1]))
         try:
@@ -339,9 +329,12 @@ def main(fd: int) -> None:
         except UserError as error:
             link.sendall(note(["failed", str(error)]))
         except (BrokenPipeError, ConnectionResetError):
-            return
+            pass
+        except Exception as error:
+            told(error)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
-    os._exit(0)  # threads of libraries must not keep us here
+    os._exit(main(int(sys.argv[1])))  # threads of libraries must not keep us here

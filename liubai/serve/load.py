@@ -1,4 +1,4 @@
-"""How busy a host is: what it tells of itself, and rates over the last seconds."""
+"""How busy a host is: what it tells of itself, rates over the last seconds, and why it writes no answer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,22 @@ from typing import Literal
 WINDOW = 10
 
 State = Literal["new", "loading", "ready", "down", "stopped"]
+
+
+class Unavailable(Exception):
+    """No answer now; ``retry_after_s`` says when there may be one."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Busy(Unavailable):
+    """Too many are waiting already."""
+
+
+class HostDied(Unavailable):
+    """The model's process is gone, and with it the answers that it was writing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ STATUSES = {
     "421": "The server is not called by this name.",
     "429": "Too many requests; see Retry-After.",
     "500": "The server had an error.",
-    "503": "The model is not available, or the server is being stopped; see Retry-After.",
+    "503": "The model is not available, or the server is being stopped; see Retry-After. Without it and with "
+    "X-Should-Retry: false, the answer took too long, and would again.",
 }
 
 
@@ -136,7 +137,8 @@ def _problem(status: str) -> dict[str, Any]:
     found = _json(STATUSES[status], shapes.Problem)
     if status in ("429", "503"):
         found["headers"] = {
-            "Retry-After": {"description": "Seconds.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}
+            "Retry-After": {"description": "Seconds.", "schema": {"type": "string", "pattern": "^[0-9]+$"}},
+            "X-Should-Retry": {"description": "Not with Retry-After.", "schema": {"const": "false"}},
         }
     return found
 

@@ -70,8 +70,9 @@ class Process:
     async def end(self) -> str:
         """Kill it, if it lives, and reap it. How it ended."""
         self._unlink()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.popen.pid, signal.SIGKILL)
+        if self.popen.returncode is None:  # once it is reaped, its number may be another's
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.popen.pid, signal.SIGKILL)
         code = await asyncio.to_thread(self.popen.wait)
         return f"its process was ended by signal {-code}" if code < 0 else f"its process ended with {code}"
 

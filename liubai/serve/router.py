@@ -27,7 +27,7 @@ from liubai.problems import family
 from liubai.problems.family import problem_at
 from liubai.serve import classifier as learned
 from liubai.serve.calculator import Calculation, understand
-from liubai.serve.classifier import WAYS, Classifier, Example, Reason, Way
+from liubai.serve.classifier import LONGEST, WAYS, Classifier, Example, Reason, Way
 from liubai.serve.exact import Refused
 
 Route = Literal["auto", "fast", "think", "tool"]
@@ -56,7 +56,8 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Applies where ``found`` finds something in the question: its ``way``, for the reason ``why``."""
+    """Applies where ``found`` finds something in the question, or in the beginning and the end of a long one
+    (:func:`_cut`): its ``way``, for the reason ``why``."""
 
     name: str
     way: Way
@@ -104,7 +105,7 @@ RULES: tuple[Rule, ...] = (
         "think",
         "there is a program in it",
         re.compile(
-            r"```|^\s*(?:def|class|import|from|#include|public|function)\b.*[:;({]", re.MULTILINE
+            r"```|^[ \t]*(?:def|class|import|from|#include|public|function)\b.*[:;({]", re.MULTILINE
         ).search,
     ),
 )
@@ -156,7 +157,8 @@ class Router:
         text, before = last_question(asked)
         calculation, refusal = _calculated(text, (CALCULATOR,))
         lines = [f"calculation: {_short(calculation.text) if calculation else f'no, {refusal}'}"]
-        lines += [f"{rule.name}: {'yes, ' + rule.why if rule.found(text) else 'no'}" for rule in self.rules]
+        read = _cut(text)
+        lines += [f"{rule.name}: {'yes, ' + rule.why if rule.found(read) else 'no'}" for rule in self.rules]
         chances = self.classifier.probabilities(text, before)
         lines.append(f"classifier: {', '.join(f'{way} {p:.2f}' for way, p in chances.items())}")
         way = likeliest(chances)
@@ -166,8 +168,9 @@ class Router:
         return "\n".join([*lines, f"-> {decision.way}: {decision.why}"])
 
     def _by_text(self, text: str, before: str) -> Decision:
+        read = _cut(text)
         for rule in self.rules:
-            if rule.found(text):
+            if rule.found(read):
                 return Decision(rule.way, rule.why, rule=rule.name)
         chances = self.classifier.probabilities(text, before)
         fast = chances["fast"]
@@ -185,6 +188,11 @@ class Router:
         confidence = fast if way == "fast" else 1 - fast
         reasons = self.classifier.reasons(text, way, before)
         return Decision(way, why, confidence, "classifier", reasons)
+
+
+def _cut(text: str) -> str:
+    """As much of it as the classifier reads."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]}\n{text[-LONGEST // 2 :]}"
 
 
 def _calculated(text: str, tools: Collection[str], *, asked: bool = False) -> tuple[Calculation | None, str]:

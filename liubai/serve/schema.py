@@ -8,20 +8,47 @@ what is done anyhow (``presence_penalty`` 0 …). A name that is none of these i
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
-from liubai.errors import nearest
-from liubai.serve.errors import Refused, bad
+from liubai.rollout.paths import KINDS, NUMBER, PathsConfig
+from liubai.serve.router import Route
+from liubai.serve.sentences import sentence
+from liubai.serve.tools import TOOLS as BUILT
 
-#: Bounds that hold for every server.
-CHOICES, STOPS, LIKELIEST, PATHS, TOOLS = 16, 4, 20, 64, 128
+#: Bounds that hold for every server. Of a list that has many wrong entries the first is enough to know.
+CHOICES, STOPS, LIKELIEST, PATHS, TOOLS, MESSAGES = 16, 4, 20, 64, 128, 1 << 12
 SEED = 2**63
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_is_enough(cls, value: Any) -> Any:
+        return _trimmed(value, cls.model_fields)
+
+
+def _trimmed(value: Any, known: Iterable[str]) -> Any:
+    """Of the names that are not known, the first alone: each would be an error, and a body holds many."""
+    names = set(known)
+    if not isinstance(value, dict) or len(value) <= len(names):
+        return value
+    unknown = next(name for name in value if name not in names)
+    return {name: one for name, one in value.items() if name in names or name == unknown}
 
 
 class Lenient(Strict):
@@ -33,7 +60,7 @@ class Lenient(Strict):
 Text = Annotated[str, Field(max_length=1 << 20)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
-Stops = StopText | Annotated[list[StopText], Field(max_length=STOPS)]
+Stops = StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=STOPS)]
 
 
 def _whole(value: Any) -> Any:
@@ -63,7 +90,7 @@ class RefusalPart(Strict):
     refusal: Text
 
 
-Parts = Annotated[list[TextPart], Field(min_length=1, max_length=256)]
+Parts = Annotated[list[TextPart], Field(fail_fast=True, min_length=1, max_length=256)]
 
 
 class SystemMessage(Strict):
@@ -93,10 +120,14 @@ class AssistantMessage(Lenient):
     """``reasoning_content`` (or ``reasoning``) is the thought, for templates that want to see it again."""
 
     role: Literal["assistant"]
-    content: Text | Annotated[list[TextPart | RefusalPart], Field(min_length=1, max_length=256)] | None = None
+    content: (
+        Text
+        | Annotated[list[TextPart | RefusalPart], Field(fail_fast=True, min_length=1, max_length=256)]
+        | None
+    ) = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=TOOLS)] | None = None
     function_call: None = None
 
 
@@ -149,18 +180,48 @@ class TemplateSettings(Strict):
     thinking: bool | None = None
 
 
-Kind = Literal["greedy", "sample", "beam", "vote", "best", "tree"]
-Way = Literal["auto", "fast", "think", "tool"]
-Built = Literal["calculator", "python"]
+if TYPE_CHECKING:
+    Built = str
+else:
+    Built = Literal[tuple(BUILT)]
 
 
-class Paths(Strict):
-    """``n`` paths, or beams of ``width``; the judge of ``best`` and ``tree`` (docs/paths.md)."""
+def bounded(config: PathsConfig) -> PathsConfig:
+    """Raises ``ValueError`` for more than any server writes."""
+    if config.number > PATHS:
+        name, _ = NUMBER[config.kind]
+        raise ValueError(f"'{name}' is {PATHS} at most")
+    return config
 
-    kind: Kind
-    n: Annotated[int, Field(ge=1, le=PATHS), Whole] | None = None
-    width: Annotated[int, Field(ge=1, le=PATHS), Whole] | None = None
-    judge: Literal["preference", "process"] | None = None
+
+def _numbered(value: Any) -> Any:
+    """Beside what :class:`PathsConfig` reads, ``n`` is the number of any kind: of a beam its width, of a tree
+    its simulations."""
+    if not isinstance(value, dict):
+        return value
+    fields = {name: _whole(one) for name, one in _trimmed(value, PathsConfig.model_fields).items()}
+    kind = fields.get("kind")
+    own = NUMBER[kind][0] if isinstance(kind, str) and kind in NUMBER else None
+    if kind in ("greedy", "beam", "tree") and "n" in fields:
+        number = fields.pop("n")
+        if own is not None and fields.get(own) is None:
+            fields[own] = number
+        elif own is None and number not in (None, 1):
+            fields["n"] = number  # which is refused
+    return fields
+
+
+class _AsText:
+    """For the description of the server: paths may be a text, too."""
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        text = {"type": "string", "pattern": f"^({'|'.join(KINDS)})(:[0-9]{{1,6}}(:[a-z]+)?)?$"}
+        return {"anyOf": [text, handler(schema)]}
+
+
+Paths = Annotated[PathsConfig, BeforeValidator(_numbered), AfterValidator(bounded), _AsText()]
 
 
 class StreamOptions(Strict):
@@ -201,11 +262,11 @@ class _Sampled(Strict):
 class ChatRequest(_Sampled):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=LIKELIEST), Whole] | None = None
-    tools: Annotated[list[Tool], Field(max_length=TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     # ours, and the names that others have for the same
@@ -214,9 +275,9 @@ class ChatRequest(_Sampled):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     thinking_budget: Natural | None = None
     think_at_least: Natural | None = None
-    paths: Kind | Paths | None = None
-    route: Way | None = None
-    use_tools: Annotated[list[Built], Field(max_length=2)] | None = None
+    paths: Paths | None = None
+    route: Route | None = None
+    use_tools: Annotated[list[Built], Field(fail_fast=True, max_length=len(BUILT))] | None = None
     # let pass
     metadata: Metadata | None = None
     store: bool | None = None
@@ -227,11 +288,11 @@ class ChatRequest(_Sampled):
     prediction: dict[str, Any] | None = None
     # refused but for what is done anyhow
     response_format: TextFormat | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, max_length=1)] | None = None
     audio: None = None
     web_search_options: None = None
     verbosity: Literal["medium"] | None = None
-    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    functions: Annotated[list[Any], Field(fail_fast=True, max_length=0)] | None = None
     function_call: Literal["none"] | None = None
 
     def thinks(self) -> bool:
@@ -257,13 +318,11 @@ class ChatRequest(_Sampled):
             return longest // shares[self.reasoning_effort]
         return None
 
-    def way_of_paths(self) -> Paths:
-        if self.paths is None:
-            return Paths(kind="sample")
-        return Paths(kind=self.paths) if isinstance(self.paths, str) else self.paths
+    def way_of_paths(self) -> PathsConfig:
+        return self.paths or PathsConfig()
 
 
-Ids = Annotated[list[Natural], Field(min_length=1, max_length=1 << 18)]
+Ids = Annotated[list[Natural], Field(fail_fast=True, min_length=1, max_length=1 << 18)]
 
 
 class CompletionRequest(_Sampled):
@@ -271,9 +330,9 @@ class CompletionRequest(_Sampled):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=CHOICES)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=CHOICES)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=CHOICES)]
+        | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=CHOICES)]
     )
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=LIKELIEST), Whole] | None = None
@@ -288,27 +347,6 @@ class CompletionRequest(_Sampled):
         return [p] if p and isinstance(p[0], int) else list(p)  # type: ignore[list-item, arg-type]
 
 
-# ---- sentences ----
-
-#: Why a field is refused, where "it is wrong" would not say it.
-WHY = {
-    "logit_bias": "this server cannot bias tokens; leave 'logit_bias' out",
-    "frequency_penalty": "this server has no penalties; leave 'frequency_penalty' out, or 0",
-    "presence_penalty": "this server has no penalties; leave 'presence_penalty' out, or 0",
-    "repetition_penalty": "this server has no penalties; leave 'repetition_penalty' out, or 1",
-    "top_k": "this server samples by 'temperature' and 'top_p' only; leave 'top_k' out",
-    "min_p": "this server samples by 'temperature' and 'top_p' only; leave 'min_p' out",
-    "response_format": "this server cannot promise a format; leave 'response_format' out",
-    "modalities": "this server writes text only; leave 'modalities' out",
-    "audio": "this server writes text only; leave 'audio' out",
-    "web_search_options": "this server does not search the web; leave 'web_search_options' out",
-    "verbosity": "this server has no verbosity; say in a message how long the answer may be",
-    "functions": "'functions' is an old form; use 'tools'",
-    "function_call": "'function_call' is an old form; use 'tool_choice'",
-    "best_of": "this server has no 'best_of'; for the best of several use 'paths' in /v1/chat/completions",
-    "suffix": "this server cannot fill in the middle; leave 'suffix' out",
-}
-
 R = TypeVar("R", bound=Strict)
 
 
@@ -317,51 +355,4 @@ def read(kind: type[R], value: dict[str, Any]) -> R:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        raise _sentence(kind, value, error) from None
-
-
-def _sentence(kind: type[Strict], value: dict[str, Any], error: ValidationError) -> Refused:
-    errors = error.errors(include_input=False, include_url=False)
-    found = [(_place(value, one["loc"], one["type"] == "missing"), one) for one in errors]
-    first = found[0][0][:1]
-    # of the forms that a field may have, the error that goes deepest is about the form that was meant
-    place, one = max(
-        (pair for pair in found if pair[0][:1] == first),
-        key=lambda pair: (len(pair[0]), not pair[1]["type"].endswith("_type")),
-    )
-    param = _named(place)
-    if place and place[0] in WHY:
-        return bad(WHY[str(place[0])], param, "unsupported_parameter")
-    if one["type"] == "extra_forbidden":
-        name = _named(place[-1:])
-        hint = nearest(name, kind.model_fields) if len(place) == 1 else ""
-        hint = f"; {hint}" if hint.startswith("did you mean") else ""
-        return bad(f"unknown parameter '{param}'{hint}", param, "unknown_parameter")
-    if one["type"] == "missing":
-        return bad(f"'{param}' is missing", param, "missing_required_parameter")
-    if one["type"] == "union_tag_invalid":  # pydantic's sentence quotes the request
-        return bad(f"'{param}.role' must be {one['ctx']['expected_tags']}", f"{param}.role", "invalid_value")
-    message = str(one["msg"])
-    return bad(f"'{param}': {message[:1].lower()}{message[1:]}", param, "invalid_value")
-
-
-def _place(value: Any, location: tuple[int | str, ...], missing: bool) -> tuple[int | str, ...]:
-    """The keys and indices among ``location``, which also names the forms that were tried."""
-    place: list[int | str] = []
-    for i, step in enumerate(location):
-        inside = range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()
-        if step in inside:
-            value = value[step]
-        elif not (missing and i == len(location) - 1):
-            continue
-        place.append(step)
-    return tuple(place)
-
-
-def _named(place: tuple[int | str, ...]) -> str:
-    """As OpenAI names it: ``messages[0].content``."""
-    text = ""
-    for step in place:
-        text += f"[{step}]" if isinstance(step, int) else f"{'.' if text else ''}{step}"
-    printable = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return printable if len(printable) <= 100 else f"{printable[:99]}…"
+        raise sentence(kind, value, error) from None

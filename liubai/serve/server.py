@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import math
 import signal
 import socket
 from collections.abc import Callable, Generator, Sequence
@@ -23,15 +24,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from liubai.errors import UserError
 from liubai.serve.app import create_app
 from liubai.serve.guard import LOOPBACK, App
-from liubai.serve.host import Host, HostDied
+from liubai.serve.host import Host
 from liubai.serve.house import House, Served
 from liubai.serve.limits import Gate, Limits
+from liubai.serve.load import HostDied
 from liubai.serve.router import Router
 
 #: Seconds that an idle connection is kept, and that uvicorn waits at the end (we have waited before).
 IDLE_S, LAST_S = 30, 3
 #: Bytes of a request's head.
 HEAD = 32 << 10
+#: A client that has not taken ``SLOWEST`` bytes between two looks, so many seconds apart, reads no more.
+LOOK_S, SLOWEST = 15.0, 16 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,33 +88,72 @@ def listen(host: str, port: int) -> socket.socket:
 
 def protocol(limits: Limits) -> type[H11Protocol]:
     """HTTP/1.1 that does not wait for ever: the head of a request must have come after ``header_s`` seconds,
-    and there are only so many connections."""
+    the rest of a body that was answered unread after ``body_s``; a client must read what it is sent
+    (:data:`LOOK_S`); and there are only so many connections."""
 
     class Patient(H11Protocol):
-        _waiting: asyncio.TimerHandle | None = None
+        _waiting: asyncio.TimerHandle | None = None  # for the head, or for the rest of an unread body
+        _for_what: object = None  # which of them
+        _looking: asyncio.TimerHandle | None = None  # while there is something that the client has to take
+        _untaken = math.inf  # bytes of it at the last look
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            # "paused" is then: the client has not taken all, also what is left when the connection is closed
+            transport.set_write_buffer_limits(high=0)
             if len(self.connections) > limits.connections:
                 transport.abort()
                 return
-            self._watch(True)
+            self._watch()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            # the head of a request has begun to come, or is there
-            self._watch(self.conn.their_state is h11.IDLE)
+            self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            # a next request is waited for by uvicorn, until its first byte
+            if self.conn.their_state is h11.SEND_BODY:
+                self._watch()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._watch(False)
+            for timer in (self._waiting, self._looking):
+                if timer is not None:
+                    timer.cancel()
             super().connection_lost(exc)
 
-        def _watch(self, wait: bool) -> None:
-            if not wait and self._waiting is not None:
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._untaken = math.inf
+            self._looking = self.loop.call_later(LOOK_S, self._look)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._looking is not None:
+                self._looking.cancel()
+
+        def _look(self) -> None:
+            left = self.transport.get_write_buffer_size()
+            if self._untaken - left < SLOWEST:
+                self.transport.abort()
+                return
+            self._untaken = left
+            self._looking = self.loop.call_later(LOOK_S, self._look)
+
+        def _watch(self) -> None:
+            state = self.conn.their_state
+            seconds = None
+            if state is h11.IDLE:
+                seconds = limits.header_s
+            elif state is h11.SEND_BODY and self.cycle.response_complete:
+                seconds = limits.body_s
+            for_what = None if seconds is None else state
+            if for_what is self._for_what:  # a letter now and then does not put it off
+                return
+            if self._waiting is not None:
                 self._waiting.cancel()
-                self._waiting = None
-            elif wait and self._waiting is None:
-                self._waiting = self.loop.call_later(limits.header_s, self.transport.abort)
+            self._waiting = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
+            self._for_what = for_what
 
     return Patient
 
@@ -178,6 +221,7 @@ async def serve(
     limits: Limits,
     *,
     fast: str | None = None,
+    think: str | None = None,
     router: Router | None = None,
     said: Callable[[str], Any] = print,
 ) -> int:
@@ -186,7 +230,7 @@ async def serve(
     place = listen(door.host, door.port)
     port = place.getsockname()[1]
     try:
-        house = House([Served.by(host) for host in hosts], limits, router=router, fast=fast)
+        house = House([Served.by(host) for host in hosts], limits, router=router, fast=fast, think=think)
         for host in hosts:
             said(f"loading {host.name}")
             try:

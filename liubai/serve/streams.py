@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from liubai.rollout.thinking import CALL, END_CALL, END_RESPONSE, RESPONSE
 from liubai.rollout.writer import Piece
-from liubai.serve.toolcalls import CALL, END_CALL, END_RESPONSE, RESPONSE, Call
+from liubai.serve.toolcalls import Call
 from liubai.text.tokenizer import ANSWER, END_ANSWER, END_THINK, THINK, TextTokenizer
 
 #: No character has more bytes, and none of these tokens has fewer than one.

@@ -12,11 +12,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from liubai.serve.errors import bad
+from liubai.rollout.thinking import CALL
+from liubai.serve.errors import Refused, bad
+from liubai.serve.limits import _check
 from liubai.serve.schema import AssistantMessage, ChatRequest, Message, NamedTool, TextPart, Tool
-
-CALL, END_CALL = "<tool_call>", "</tool_call>"
-RESPONSE, END_RESPONSE = "<tool_response>", "</tool_response>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,4 +142,8 @@ def _arguments(text: str, message: int, call: int) -> dict[str, Any]:
         raise bad(f"'{place}' is not JSON", place) from None
     if not isinstance(found, dict):
         raise bad(f"'{place}' must be a JSON object", place)
+    try:
+        _check(found)
+    except Refused as error:
+        raise bad(f"'{place}': {error.message}", place) from None
     return found

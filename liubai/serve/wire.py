@@ -17,6 +17,8 @@ from typing import Any
 from liubai.types import Stop
 
 NOTE, PIECES = 0, 1
+#: The version of weights that never change.
+VERSION = 0
 _FRAME = struct.Struct("=IB")
 _HEAD = struct.Struct("=IIQIIII")
 #: Column types: stream numbers, counts, token ids, log-probabilities (the engine's are float32, too).
