@@ -112,14 +112,18 @@ class Answering(Response, Generic[R]):
             await send({"type": "http.response.start", "status": 200, "headers": _lines(SSE)})
             self.streaming, self.sent_at = True, time.monotonic()
             pulse = asyncio.create_task(self._pulse(send))
+            held, single = b"", (request.n or 1) == 1
             try:
                 async for chunk in self.chunks(started, observed, request):
-                    await send(_body(_event(chunk)))
-                    self.sent_at = time.monotonic()
+                    held += _event(chunk)
+                    if single and _is_edge(chunk):
+                        continue
+                    await send(_body(held))
+                    held, self.sent_at = b"", time.monotonic()
             finally:
                 pulse.cancel()
                 await asyncio.gather(pulse, return_exceptions=True)
-            await send(_body(b"data: [DONE]\n\n", more=False))
+            await send(_body(held + b"data: [DONE]\n\n", more=False))
 
     async def _pulse(self, send: Send) -> None:
         while True:
@@ -146,6 +150,16 @@ class Answering(Response, Generic[R]):
                 self.metrics.tokens.add(usage.completion, model=model, kind="completion")
                 self.metrics.tokens.add(usage.reasoning, model=model, kind="reasoning")
             yield event
+
+
+def _is_edge(chunk: dict[str, Any]) -> bool:
+    """Does it say nothing by itself, or is it followed at once by the rest? What opens an answer goes with
+    its first words, and what ends it with the usage: short answers are many, and a write has its price."""
+    choices = chunk["choices"]
+    if not choices:
+        return False
+    delta = choices[0].get("delta", {})
+    return choices[0].get("finish_reason") is not None or delta == {"role": "assistant", "content": ""}
 
 
 def _event(value: dict[str, Any]) -> bytes:

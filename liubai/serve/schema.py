@@ -1,5 +1,5 @@
-"""What may be asked: OpenAI's requests with our additions, checked strictly, and the sentence for what may
-not.
+"""What may be asked: OpenAI's requests with our additions, checked strictly. What may not is refused in one
+sentence (:mod:`liubai.serve.sentences`).
 
 Three kinds of fields: those that are honoured; those that change nothing here and are let pass (``user``,
 ``store`` …); and those that would change the answer and cannot be honoured, which are refused unless they say
