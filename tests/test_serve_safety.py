@@ -789,7 +789,9 @@ def test_serve_says_where_it_is_and_ends_cleanly(checkpoint: Path) -> None:
     events = events_of(link)
     assert events[-1] == "[DONE]" or "shutting_down" in events[-1]
     out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (0, "", "")
+    assert (process.returncode, err) == (0, "")
+    # the answer may have been quicker than the signal
+    assert out in ("", "stopping in 0.2 s at most (open requests: 1); Ctrl-C again: at once\n")
 
 
 def test_a_port_in_use_is_named(

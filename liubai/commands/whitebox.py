@@ -30,9 +30,9 @@ def whitebox(
         print(json.dumps(found, ensure_ascii=False))
         return
     print(f"{found['architecture']}, {found['parameters']:,} parameters; coding rates in nats a token")
-    print("layer  zeros   rate of all   in the subspaces: before, after attention")
+    print("layer  silent  rate of all   in the subspaces: before, after attention")
     for i, layer in enumerate(found["layers"], 1):
-        inside = "it has none"
+        inside = "–"
         if layer["before"] is not None:
             inside = f"{layer['before']:.3f}, {layer['compressed']:.3f}"
         print(f"{i:5}  {layer['sparsity']:5.1%}  {layer['rate']:11.3f}   {inside}")

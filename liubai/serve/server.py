@@ -159,9 +159,16 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with an end of our own. ``ready`` is called when it listens."""
+    """uvicorn, with an end of our own. ``ready`` is called when it listens; ``said`` tells whoever stops it
+    what is waited for."""
 
-    def __init__(self, app: App, gate: Gate, ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        app: App,
+        gate: Gate,
+        ready: Callable[[], None] = lambda: None,
+        said: Callable[[str], Any] = lambda text: None,
+    ) -> None:
         config = uvicorn.Config(
             app,
             http=protocol(gate.limits),
@@ -178,7 +185,7 @@ class Server(uvicorn.Server):
             backlog=1024,
         )
         super().__init__(config)
-        self.gate, self.ready = gate, ready
+        self.gate, self.ready, self.said = gate, ready, said
         self.hurried = False
         self._leaving: asyncio.Task[None] | None = None
 
@@ -208,6 +215,9 @@ class Server(uvicorn.Server):
             self.gate.end()
             self.force_exit = True
             return
+        if self.gate.inside:
+            open_ones, grace = self.gate.inside, self.gate.limits.grace_s
+            self.said(f"stopping in {grace:g} s at most (open requests: {open_ones}); Ctrl-C again: at once")
         self._leaving = asyncio.get_running_loop().create_task(self._leave())
 
     async def _leave(self) -> None:
@@ -242,7 +252,7 @@ async def serve(
         shown = f"[{door.host}]" if ":" in door.host else door.host
         names = ", ".join(house.models)
         server = Server(
-            app, gate, lambda: said(f"serving {names} at http://{shown}:{port} (Ctrl-C stops it)")
+            app, gate, lambda: said(f"serving {names} at http://{shown}:{port} (Ctrl-C stops it)"), said
         )
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # its lines may quote requests
         await server.serve([place])
