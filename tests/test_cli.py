@@ -59,7 +59,9 @@ def liubai_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def spawn(*arguments: str, code: str = "", **options: Any) -> subprocess.Popen[str]:
     """Run a command line in a process of its own."""
-    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}\n"
+    # whoever runs the tests in the background may have told all their children to ignore Ctrl-C
+    script = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script += f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n{code}\n"
     script += "from liubai.cli import main; sys.exit(main())"
     return subprocess.Popen(
         [sys.executable, "-c", script, *arguments],

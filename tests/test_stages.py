@@ -292,7 +292,8 @@ def test_a_reward_model_tells_good_from_bad_and_never_sees_the_thought(wide: Pat
     said = ["</think> <answer> gladly hello ben </answer>", "</think> <answer> 9 gladly hello ben </answer>"]
     good, bad = judge([(problem, text) for text in said])
     assert good > bad
-    assert judge([(problem, f"wait uh {said[0]}")]) == [good]
+    # alone, and not in one batch with another: the same but for rounding
+    assert judge([(problem, f"wait uh {said[0]}")]) == pytest.approx([good], abs=1e-5)
     assert all(-3 <= score <= 3 for score in (good, bad))
 
 
