@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from bridging import thought
 from conftest import Silent, tiny_config, tiny_model
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -27,8 +28,9 @@ from liubai.measure.bridge_tree import ROOT, TokenTree, score
 from liubai.model.transformer import Attend, Transformer
 from liubai.stages import bridge as stage
 from liubai.stages.context import Context
-from liubai.text.tokenizer import TextTokenizer, word_level
-from liubai.types import Problem
+from liubai.text.tokenizer import TextTokenizer
+
+pytest_plugins = ("bridging",)
 
 # ---- trees ----
 
@@ -84,8 +86,6 @@ def test_a_tree_holds_each_beginning_once() -> None:
 
 # ---- models whose thoughts have a known worth ----
 
-WORDS = ("<think>", "q", "r", "s", "wait", "1", "2", "3", ".")
-
 
 class Planted(nn.Module):
     """Says next what it has seen: the logit of a word is 10 times its share of the tokens up to here, each of
@@ -121,23 +121,6 @@ def told(haste: float, ids: Sequence[int], scored: Sequence[bool], vocabulary: i
             logits[ids[i]] += 10 * weights[i] / sum(weights)
         total += math.log2(sum(math.exp(x) for x in logits)) - logits[ids[t]] / math.log(2)
     return total
-
-
-@pytest.fixture(scope="module")
-def words() -> TextTokenizer:
-    return word_level(WORDS)
-
-
-def thought(tokenizer: TextTokenizer, text: str, steps: int = 0) -> Thought:
-    """Its sentences are its steps."""
-    made = Cutter(tokenizer, Frame()).thought(
-        Problem("q", "1", "number", "nobody's"),
-        tokenizer.encode(f"{text} </think> <answer> 1 </answer>"),
-        True,
-    )
-    assert made is not None
-    assert not steps or len(made.pieces) == steps
-    return made
 
 
 def measured(

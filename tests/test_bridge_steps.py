@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from bridging import thought
 from conftest import tiny_config, tiny_model
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from liubai.problems.family import distinct_problems
 from liubai.text.tokenizer import TextTokenizer, byte_level, word_level
 from liubai.types import Problem
 
-WORDS = ("<think>", "q", "r", "s", "wait", "1", "2", "3", ".")
+pytest_plugins = ("bridging",)
 
 
 def alone(model: Transformer, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -31,23 +32,6 @@ def alone(model: Transformer, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         full = torch.log_softmax(model(torch.tensor([list(ids)]))[0].double(), -1)[:-1]
     return full.gather(1, torch.tensor(ids[1:])[:, None])[:, 0], -(full.exp() * full).sum(-1)
-
-
-@pytest.fixture(scope="module")
-def words() -> TextTokenizer:
-    return word_level(WORDS)
-
-
-def thought(tokenizer: TextTokenizer, text: str, steps: int = 0) -> Thought:
-    """Its sentences are its steps."""
-    made = Cutter(tokenizer, Frame()).thought(
-        Problem("q", "1", "number", "nobody's"),
-        tokenizer.encode(f"{text} </think> <answer> 1 </answer>"),
-        True,
-    )
-    assert made is not None
-    assert not steps or len(made.pieces) == steps
-    return made
 
 
 def test_steps_of_the_family_are_the_steps(world_wide: TextTokenizer) -> None:

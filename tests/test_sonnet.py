@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from poems import SONNET as POEM
 
 from liubai.errors import UserError
 from liubai.grade import GradeItem, check_verifier, english, grade
@@ -18,21 +19,6 @@ from liubai.grade.explain import explain
 from liubai.grade.options import check_options
 from liubai.grade.sonnet import OLD, PAIRS, WEIGHTS, Hearing, hear_sonnet, rhyme, sonnet
 
-POEM = """\
-The evening lays its shadow on the hill
-And every window keeps a little light;
-The river, having turned the final mill,
-Goes down to meet the ocean and the night.
-A farmer calls his cattle from the field,
-A mother sings beside a narrow bed,
-And all the gardens of the village yield
-The scent of summer and of rising bread.
-I walk the road that I have always known
-And count the stars above the chapel wall;
-No traveller is ever quite alone
-Who hears the distant water gently fall.
-So let the darkness gather and descend:
-The longest road is shorter with a friend."""
 LINES = POEM.splitlines()
 WORDS = [*POEM.split(), "\n", "'", "-", "zz", "9"]
 SEEDS = st.integers(0, 10**6)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from poems import SONNET
 
 from liubai.grade import VERIFIERS, GradeItem, GraderPool, grade
 from liubai.grade.arithmetic import MAX_DEPTH
@@ -30,22 +31,6 @@ def test_known_case(case: dict[str, Any]) -> None:
 
 
 # --- attacks: none may be correct -----------------------------------------------------------------
-
-SONNET = """\
-The evening lays its shadow on the hill
-And every window keeps a little light;
-The river, having turned the final mill,
-Goes down to meet the ocean and the night.
-A farmer calls his cattle from the field,
-A mother sings beside a narrow bed,
-And all the gardens of the village yield
-The scent of summer and of rising bread.
-I walk the road that I have always known
-And count the stars above the chapel wall;
-No traveller is ever quite alone
-Who hears the distant water gently fall.
-So let the darkness gather and descend:
-The longest road is shorter with a friend."""
 
 PROBLEMS: dict[str, tuple[str, str, dict[str, Any]]] = {  # verifier: gold, question, meta
     "countdown": ("3 4 5 ->35", "3 4 5 ->35", {}),

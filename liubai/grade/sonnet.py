@@ -26,7 +26,7 @@ from functools import lru_cache
 from typing import Any
 
 from liubai.grade.english import Phones, pronunciations, vowel_groups
-from liubai.grade.verse import Fault
+from liubai.grade.verse import Fault, combined
 
 LINES = 14
 SCHEME = "ABABCDCDEFEFGG"
@@ -99,10 +99,7 @@ class Hearing:
 
     @property
     def score(self) -> float:
-        score = sum(WEIGHTS[name] * share for name, share in self.parts.items())
-        for factor in self.factors.values():
-            score *= factor
-        return min(1.0, round(score, 4))
+        return combined(WEIGHTS, self.parts, self.factors)
 
 
 def sonnet(gold: str, answer: str, meta: Mapping[str, Any]) -> float:

@@ -22,6 +22,7 @@ parallelism (对仗), which tones do not show, and whether a poem is somebody el
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -71,6 +72,12 @@ class Fault:
     detail: tuple[Any, ...] = ()
 
 
+def combined(weights: Mapping[str, float], parts: Mapping[str, float], factors: Mapping[str, float]) -> float:
+    """The score of verse: the weighted sum of its parts, times the factors."""
+    score = sum(weights[name] * share for name, share in parts.items())
+    return min(1.0, round(score * math.prod(factors.values()), 4))
+
+
 @dataclass(slots=True)
 class Reading:
     """A poem, judged. ``lines`` are those that count, ``None`` where one is missing or not to be read;
@@ -91,10 +98,7 @@ class Reading:
 
     @property
     def score(self) -> float:
-        score = sum(WEIGHTS[name] * share for name, share in self.parts.items())
-        for factor in self.factors.values():
-            score *= factor
-        return min(1.0, round(score, 4))
+        return combined(WEIGHTS, self.parts, self.factors)
 
 
 def verse(gold: str, answer: str, meta: Mapping[str, Any]) -> float:

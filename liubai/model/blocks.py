@@ -5,6 +5,7 @@ Shapes: D hidden, H query heads, K key/value heads, E head size; rows and tokens
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -67,19 +68,33 @@ class MLP(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
 
 
-class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+class Layer(nn.Module, ABC):
+    """What every kind of layer has: two norms, projections for attention (``self_attn``), and the order of
+    its two halves."""
+
+    def __init__(self, config: ModelConfig, self_attn: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = self_attn
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
         return self.after(x, attend(layer, *self.before(x, rope)))
 
     def before(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn(self.input_layernorm(x), rope)  # type: ignore[no-any-return]
+
+    @abstractmethod
+    def after(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What goes to the next layer. ``attended [..., H, E]`` is what attention returned."""
+
+
+class Block(Layer):
+    self_attn: Attention
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, Attention(config))
+        self.mlp = MLP(config)
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.self_attn.o_proj(attended.flatten(-2))

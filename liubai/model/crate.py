@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from liubai.model.blocks import Attend, RMSNorm
+from liubai.model.blocks import Layer
 from liubai.model.config import ModelConfig
 from liubai.model.functions import rotate
 from liubai.model.matmul import Linear, linear
@@ -77,24 +77,15 @@ class SparseCode(nn.Module):
         return found
 
 
-class CrateBlock(nn.Module):
-    """The same two halves around attention as :class:`liubai.model.blocks.Block`."""
+class CrateBlock(Layer):
+    self_attn: SubspaceAttention
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SubspaceAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        super().__init__(config, SubspaceAttention(config))
         self.code = SparseCode(config)
         self.residual = config.architecture == "CrateAlphaForCausalLM"
         if self.residual:
             self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
-        return self.after(x, attend(layer, *self.before(x, rope)))
-
-    def before(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        return self.self_attn(self.input_layernorm(x), rope)  # type: ignore[no-any-return]
 
     def after(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.self_attn.o_proj(attended.flatten(-2))

@@ -22,13 +22,10 @@ from liubai.measure.bridge import Asked, Bridged, Written, bridge
 from liubai.measure.bridge_figures import figures
 from liubai.measure.bridge_gold import Gold, golds, normal
 from liubai.measure.bridge_steps import Cutter, frame_of
-from liubai.model.checkpoint import load
-from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive
 from liubai.stages.config import Brought, Compute, FamilyName, Shares
 from liubai.stages.context import Context
-from liubai.stages.evaluate import COMPUTE, Evaluation, evaluate, held_out_of
-from liubai.text.template import require_readable, template_for
+from liubai.stages.evaluate import COMPUTE, Evaluation, engine_for, evaluate, held_out_of
 from liubai.text.tokenizer import END_THINK, THINK
 from liubai.types import Problem, Stop
 
@@ -111,19 +108,10 @@ def measured(
 ) -> Measured:
     """Thoughts of the checkpoint ``path`` about ``problems``, measured. Raises ``UserError`` for a checkpoint
     that is bad or never thinks, and where no right answer is known."""
-    model, tokenizer = load(path, dtype=compute.dtype(), device=compute.where())
-    template = template_for(tokenizer, path)
+    engine, template = engine_for(path, problems, max_tokens, slots, compute)
+    model, tokenizer = engine.model, template.tokenizer
     if template.prefilled.endswith(END_THINK):
         raise UserError("the chat template closes the thought before it begins: there is nothing to measure")
-    require_readable(template, [p.prompt for p in problems])
-    longest = max(len(template.prompt_ids(p.prompt)) for p in problems) + max_tokens
-    if longest > model.config.max_position_embeddings:
-        raise UserError(
-            f"max_tokens {max_tokens} and the prompt need {longest} positions; the model has "
-            f"{model.config.max_position_embeddings}"
-        )
-    engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=slots, max_length=longest)
-    engine.load(model.state_dict(), version=0)
     whole = 2 * len(problems) * samples  # every thought is written, then measured
     began = time.perf_counter()
     with GraderPool() as pool:

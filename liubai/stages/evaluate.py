@@ -283,6 +283,37 @@ def answered(
     way: Way | None = None,
 ) -> Evaluation:
     """Answers of the checkpoint ``path``. Raises ``UserError`` for a bad one."""
+    engine, template = engine_for(path, problems, max_tokens, slots, compute, thinking=thinking)
+    protocol: dict[str, Any] = {
+        "samples": samples,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "progress": progress,
+    }
+    with GraderPool() as pool:
+        if way is None:
+            return evaluate(engine, template, list(problems), pool=pool, **protocol)
+        judges = judges_of(way.judges, problems, compute.where())
+        writer = LocalWriter(engine, eos_ids=template.tokenizer.eos_ids, judges=judges)
+        outcomes, seconds = answers_by(way, writer, template, list(problems), **protocol)
+        chosen = [[outcome.best.sample for outcome in row] for row in outcomes]
+        spent = [[outcome.spent for outcome in row] for row in outcomes]
+        return replace(graded(template, list(problems), chosen, pool), spent=spent, seconds=seconds)
+
+
+def engine_for(
+    path: Path,
+    problems: Sequence[Problem],
+    max_tokens: int,
+    slots: int,
+    compute: Compute,
+    *,
+    thinking: bool = True,
+) -> tuple[TorchEngine, Template]:
+    """An engine with the checkpoint ``path``, and its template, for answers of ``max_tokens`` tokens. Raises
+    ``UserError`` for a bad checkpoint, for one that cannot read the problems, and for one too short."""
     model, tokenizer = load(path, dtype=compute.dtype(), device=compute.where())
     if compute.compile:
         model.compile_decoding()
@@ -296,23 +327,7 @@ def answered(
         )
     engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=slots, max_length=longest)
     engine.load(model.state_dict(), version=0)
-    protocol: dict[str, Any] = {
-        "samples": samples,
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "progress": progress,
-    }
-    with GraderPool() as pool:
-        if way is None:
-            return evaluate(engine, template, list(problems), pool=pool, **protocol)
-        judges = judges_of(way.judges, problems, compute.where())
-        writer = LocalWriter(engine, eos_ids=tokenizer.eos_ids, judges=judges)
-        outcomes, seconds = answers_by(way, writer, template, list(problems), **protocol)
-        chosen = [[outcome.best.sample for outcome in row] for row in outcomes]
-        spent = [[outcome.spent for outcome in row] for row in outcomes]
-        return replace(graded(template, list(problems), chosen, pool), spent=spent, seconds=seconds)
+    return engine, template
 
 
 def held_out_of(
