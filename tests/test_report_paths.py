@@ -107,6 +107,23 @@ def test_the_title_claims_no_more_than_the_numbers(stages: tuple[Stage, ...], ex
     assert finding(found) == said(expected)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_differences_are_taken_question_by_question_where_the_questions_are_the_same(
+    same: bool, tmp_path: Path
+) -> None:
+    """Hard and easy questions make both means unsure, and say nothing about which is higher."""
+    plain = evaluated("sample:1", "sample", 0.50, 50.0, stderr=0.05)
+    voted = evaluated("vote:4", "vote", 0.55, 200.0, stderr=0.05)
+    for stage, gain in ((plain, 0.0), (voted, 0.05)):
+        stage.folder = tmp_path / stage.name
+        stage.folder.mkdir()
+        asked = [f"{i}{'' if same else stage.name}" for i in range(100)]
+        scores = [[q, [i % 2 * 0.9 + gain + i % 3 * 0.01]] for i, q in enumerate(asked)]
+        (stage.folder / "scores.json").write_text(json.dumps({"scores": scores}))
+    told = finding([m for s in (plain, voted) if (m := measured(s)) is not None])
+    assert told.startswith("From" if same else "Nothing is surely better")
+
+
 def test_what_was_asked_otherwise_is_another_figure() -> None:
     other = (
         evaluated("vote:4", "vote", 0.9, 150.0, n_problems=10),

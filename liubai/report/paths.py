@@ -7,13 +7,15 @@ not; prompts that were read again are in the table. Left out: seconds on another
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup, escape
 
-from liubai.report.read import WITHOUT_MODEL, Curve, Run, Stage, number
+from liubai.report.read import WITHOUT_MODEL, Curve, Run, Stage, number, read_object
 from liubai.report.section import Section
 from liubai.report.story import show
 from liubai.report.svg import Chart, Line
@@ -49,6 +51,8 @@ class Measured:
     error: float
     read: float | None
     seconds: float | None
+    #: question -> the mean over its answers
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 def section(run: Run) -> Section | None:
@@ -95,7 +99,24 @@ def measured(stage: Stage) -> Measured | None:
         number(result.get("stderr")) or 0.0,
         number(result.get("tokens_read")),
         number(result.get("seconds")),
+        _scores(stage),
     )
+
+
+def _scores(stage: Stage) -> dict[str, float]:
+    """By question, where the evaluation left them."""
+    found = read_object(stage.folder / "scores.json", []) if stage.folder else None
+    rows = (found or {}).get("scores", [])
+    return {prompt: statistics.fmean(values) for prompt, values in rows if values}
+
+
+def _apart(a: Measured, b: Measured) -> float:
+    """The standard error of the difference: over the questions, where both were asked the same, else of two
+    independent means."""
+    if len(a.scores) > 1 and a.scores.keys() == b.scores.keys():
+        differences = [score - b.scores[question] for question, score in a.scores.items()]
+        return statistics.stdev(differences) / math.sqrt(len(differences))
+    return math.hypot(a.error, b.error)
 
 
 def _line_of(kind: str, way: dict[str, Any]) -> str:
@@ -125,7 +146,7 @@ def _gain(found: Sequence[Measured]) -> str:
     plain = next((m for m in found if m.kind == "sample"), None) or min(found, key=lambda m: m.tokens)
     if best is plain:
         return f"Nothing is better than {plain.name} ({_share(plain)})."
-    gap, error = best.accuracy - plain.accuracy, (best.error**2 + plain.error**2) ** 0.5
+    gap, error = best.accuracy - plain.accuracy, _apart(best, plain)
     cost = f"{best.tokens / plain.tokens:.1f} times the tokens"
     if gap < SURE * error:
         return (
@@ -133,7 +154,8 @@ def _gain(found: Sequence[Measured]) -> str:
             f"at {cost}, which is within {SURE:.0f} standard errors."
         )
     # who is as good as the best for less?
-    cheap = min((m for m in found if best.accuracy - m.accuracy <= SURE * best.error), key=lambda m: m.tokens)
+    as_good = [m for m in found if m is best or best.accuracy - m.accuracy <= SURE * _apart(best, m)]
+    cheap = min(as_good, key=lambda m: m.tokens)
     same = (
         "" if cheap is best else f"; {cheap.name} comes as far within the noise at {cheap.tokens:.0f} tokens"
     )
@@ -145,9 +167,7 @@ def _fall(found: Sequence[Measured]) -> str:
     lines = {m.line: sorted((n for n in found if n.line == m.line), key=lambda n: n.tokens) for m in found}
     ends = [(each[0], each[-1]) for each in lines.values()]
     falls = [
-        (first, last)
-        for first, last in ends
-        if first.accuracy - last.accuracy > SURE * (first.error**2 + last.error**2) ** 0.5
+        (first, last) for first, last in ends if first.accuracy - last.accuracy > SURE * _apart(first, last)
     ]
     if not falls:
         return ""
