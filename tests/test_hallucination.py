@@ -258,6 +258,13 @@ def test_a_gate_stops_the_run_and_keeps_what_it_measured(tmp_path: Path, scripte
     inputs = {"tidy": models["tidy"], "before": first.folder}
     stage.run(stage.Config(limit=100, worse_by=0.05), Context(tmp_path / "6-tidy", 0, inputs, Silent()))
     alone = {"tidy": models["tidy"]}
+    inputs["tidy"] = models["zero"]  # without a gate the two are compared all the same, and nothing stops
+    open_ = Context(tmp_path / "6-open", 0, inputs, Silent())
+    stage.run(stage.Config(limit=100), open_)
+    told = json.loads((open_.folder / stage.RESULT).read_text())
+    assert told["compared"]["worse"] == pytest.approx(0.2)
+    assert told["gate"] == ""
+    inputs["tidy"] = models["tidy"]
     for config, parents, sentence in (
         (stage.Config(limit=100, at_most=0.1), alone, "at_most is 10.0%"),
         (stage.Config(limit=50, worse_by=0.05), inputs, "judged other documents"),
@@ -292,6 +299,58 @@ def test_the_report_shows_what_was_found(tmp_path: Path, scripted: dict[str, flo
     assert "<svg" in part.charts[0].svg
     (tmp_path / "recipe.toml").write_text('[stages.x]\nkind = "eval"\n')
     assert section(read_run(tmp_path)) is None
+
+
+def told_by(
+    label: str, rate: float, thinking: bool = True, over: tuple[str, float, float] | None = None
+) -> dict[str, Any]:
+    """A checkpoint's figures; ``over``: with whom it is compared, and the ends of the interval."""
+    told: dict[str, Any] = {
+        "label": label,
+        "rate": rate,
+        "rate_all": rate,
+        "thinking": thinking,
+        "words": 9.0,
+    }
+    told["interval"] = [rate - 0.02, rate + 0.02]
+    if over:
+        name, low, high = over
+        told["compared"] = {"label": name, "worse": (low + high) / 2, "interval": [low, high]}
+    return told
+
+
+def test_the_report_tells_steps_beyond_chance_and_what_a_thought_did(tmp_path: Path) -> None:
+    """Without a thought is another line over the same checkpoints, and no step of the story."""
+    told = [
+        told_by("Base", 0.2),
+        told_by("Zero", 0.24, over=("Base", 0.01, 0.07)),
+        told_by("Dev2", 0.23, over=("Zero", -0.03, 0.01)),
+        told_by("R1", 0.05, over=("Dev2", -0.21, -0.15)),
+        told_by("Base", 0.21, thinking=False, over=("Base", -0.05, -0.01)),
+        told_by("R1", 0.03, thinking=False),
+    ]
+    recipe = ""
+    for place, each in enumerate(told):
+        folder = tmp_path / f"{place}-look{place}"
+        folder.mkdir()
+        (folder / "DONE").write_text("{}")
+        (folder / stage.RESULT).write_text(json.dumps(each))
+        recipe += f'[stages.look{place}]\nkind = "hallucination"\n'
+    (tmp_path / "recipe.toml").write_text(recipe)
+    part = section(read_run(tmp_path))
+    assert part is not None
+    assert part.finding == (
+        "5.0% of R1's summaries say what the passage does not, fewer than Base's 20.0%. "
+        "Beyond chance it rose with Zero (over Base, +4.0 pt) and it fell with R1 (over Dev2, −18.0 pt). "
+        "Without a thought R1 does so in 3.0%, with one in 5.0%."
+    )
+    chart = part.charts[0]
+    assert chart.x_names == ["Base", "Zero", "Dev2", "R1"]
+    thinking, without = chart.lines
+    assert thinking.curve.ys == (0.2, 0.24, 0.23, 0.05)
+    assert without.curve.ys == (0.21, None, None, 0.03)
+    assert "NaN" not in str(chart.svg)
+    assert "nan" not in str(chart.svg)
 
 
 # --- from end to end ------------------------------------------------------------------------------

@@ -24,7 +24,9 @@ from liubai.stages.records import read_examples
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 #: experiments on another world
-OWN_BASE = {"impatient", "crate", "verse"}
+OWN_BASE = {"impatient", "crate", "crate-text", "verse"}
+#: and those that ask no questions: they look at text that was not read
+TEXT = {"crate-text"}
 SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"num_key_value_heads": 1, "head_dim": 24}
 SMALL = {
@@ -133,7 +135,35 @@ def test_every_experiment_is_a_recipe_and_shares_the_base(path: Path) -> None:
     plan, base = load_recipe(path), load_recipe(RECIPES / "r1.toml").stages[0]
     assert plan.name == path.stem
     assert (plan.stages[0].config == base.config) == (path.stem not in OWN_BASE)
-    assert sum(p.kind == "eval" for p in plan.stages) >= 2
+    looks = [p for p in plan.stages if p.kind == "eval" or getattr(p.config, "texts", None)]
+    assert len(looks) >= 2
+
+
+def test_the_instruments_look_at_r1_itself() -> None:
+    """``--reuse`` takes all of its stages from there: they are the same, and the first."""
+    inside, whole = (load_recipe(RECIPES / name) for name in ("experiments/inside.toml", "r1.toml"))
+    assert inside.stages[: len(whole.stages)] == whole.stages
+    assert (inside.seed, inside.threads) == (whole.seed, whole.threads)
+    kinds = {p.kind for p in inside.stages[len(whole.stages) :]}
+    assert kinds == {"hallucination", "bridge", "attention", "scaling"}
+    asked = {(p.parents[0], p.config.blank) for p in inside.stages if p.kind == "hallucination"}
+    made = {p.name for p in whole.stages if p.kind in ("pretrain", "sft", "rl")}
+    assert asked == {(name, blank) for name in made for blank in (True, False)}
+
+
+def test_the_faithfulness_reward_is_all_that_tells_its_arms_apart() -> None:
+    whole = {p.name: p for p in load_recipe(RECIPES / "r1.toml").stages}
+    plan = {p.name: p for p in load_recipe(RECIPES / "experiments/faithful.toml").stages}
+    assert [plan[name] for name in ("base", "zero", "eval-zero")] == [
+        whole[n] for n in ("base", "zero", "eval-zero")
+    ]
+    form, faithful = (plan[name].config.rewards_of["passage"] for name in ("form", "faithful"))
+    assert (form.faithful, faithful.faithful) == (0.0, 2.0)
+    assert faithful.model_copy(update={"faithful": 0.0}) == form
+    alike = [
+        plan[name].config.model_copy(update={"rewards_of": {}}) for name in ("form", "faithful", "whole")
+    ]
+    assert alike[0] == alike[1] == alike[2]
 
 
 @functools.cache
@@ -162,4 +192,4 @@ def test_there_are_as_many_held_out_problems_as_a_recipe_asks(path: Path) -> Non
             shares = {shares: 1.0} if isinstance(shares, str) else shares
             asked = generated(tuple(shares.items()), limit, seed)
         assert asked == pytest.approx(limit, abs=len(shares))  # each family's share is rounded
-    assert looked
+    assert looked or path.stem in TEXT

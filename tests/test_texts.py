@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
-from conftest import Killed, Silent
+import torch
+from conftest import Killed, Silent, scramble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liubai.errors import UserError
 from liubai.model.checkpoint import load
 from liubai.problems.questions import Questions, read_questions, share_of, splits
-from liubai.problems.texts import Texts, read_texts
+from liubai.problems.texts import PIECE, Texts, held_out_texts, pieces, read_texts
 from liubai.recipe import load_recipe
 from liubai.recipe.runner import fingerprint
-from liubai.stages import pretrain
+from liubai.stages import pretrain, sft
 from liubai.stages.context import Context
 from liubai.text.template import template_for
 from liubai.text.tokenizer import BOS, EOS, TAGS, byte_level
@@ -24,6 +26,14 @@ from liubai.text.tokenizer import BOS, EOS, TAGS, byte_level
 SUMS = [(f"What is {a} plus {b}?", str(a + b)) for a in range(10, 30) for b in (5, 17, 400)]
 TEXTS = [f"{question} <think> {a} </think> <answer> {a} </answer>" for question, a in SUMS]
 TOKENIZER = byte_level(TEXTS, 320)
+SHAPE = pretrain.ModelShape(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+)
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -108,17 +118,89 @@ def test_a_text_longer_than_the_model_is_named(tmp_path: Path) -> None:
         pretrain.read(Texts(path=str(path), eval_share=0))
 
 
+# ---- plain text ----
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    """Paragraphs of sums, one line each, with a blank line after every third."""
+    lines = [f"{a} and {b} are {a + b}, said the {'miller' if a % 2 else 'king'}." for a in range(60)
+             for b in (3, 8, 11)]  # fmt: skip
+    path = tmp_path / "book.txt"
+    path.write_bytes(
+        "\r\n".join(f"{line}\r\n" if i % 3 == 2 else line for i, line in enumerate(lines)).encode()
+    )
+    return path
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.sampled_from("ab仄 \n"), max_size=200), st.integers(1, 30))
+def test_pieces_lose_nothing_but_white_space_and_are_not_too_long(text: str, most: int) -> None:
+    found = list(pieces(text, most))
+    assert "".join("".join(piece.split()) for piece in found) == "".join(text.split())
+    assert all(0 < len(piece) <= most for piece in found)
+
+
+def test_a_piece_ends_with_a_paragraph_or_else_a_line_or_else_a_word() -> None:
+    assert list(pieces("aa bb\ncc\n\ndd\nee ff", 14)) == ["aa bb\ncc", "dd\nee ff"]
+    assert list(pieces("aa bb\ncc dd ee ff", 14)) == ["aa bb\ncc dd ee", "ff"]  # that line ends too early
+    assert list(pieces("aa\nbb bb bb\ncc dd", 14)) == ["aa\nbb bb bb", "cc dd"]
+    assert list(pieces("abcdefgh", 5)) == ["abcde", "fgh"]
+    assert list(pieces(" \n ")) == []
+
+
+def test_what_is_held_out_of_a_book_is_not_read(book: Path) -> None:
+    texts = Texts(path=str(book), eval_share=0.3)
+    read, held_out = read_texts(texts), held_out_texts(texts)
+    whole = " ".join(book.read_text().split())
+    assert read
+    assert held_out
+    assert not {t.text for t in read} & {t.text for t in held_out}
+    assert len(read) + len(held_out) == len(list(pieces(book.read_text())))
+    for text in (*read, *held_out):
+        assert " ".join(text.text.split()) in whole
+        assert len(text.text) <= PIECE
+        assert (text.prompt, text.question) == ("", "")
+    assert [share_of(t.text) for t in held_out] == sorted(share_of(t.text) for t in held_out)
+    assert held_out_texts(Texts(path=str(book), eval_share=0)) == []
+
+
+def test_rows_without_a_question_are_plain_text_of_any_kind(tmp_path: Path) -> None:
+    path = write(tmp_path / "poems.jsonl", [{"text": f"Poem {i}, of {i * i} lines."} for i in range(40)])
+    texts = Texts(path=str(path), prompt="")
+    read, held_out = read_texts(texts), held_out_texts(texts)
+    assert {t.text for t in (*read, *held_out)} == {f"Poem {i}, of {i * i} lines." for i in range(40)}
+    with pytest.raises(UserError, match=r"poems.jsonl:1: there is no column 'poem'"):
+        read_texts(Texts(path=str(path), prompt="", text="poem"))
+    with pytest.raises(UserError, match="there is no file"):
+        read_texts(Texts(path=str(tmp_path / "none.txt")))
+    with pytest.raises(ValueError, match="examples need a question"):
+        sft.Config(texts=texts)
+
+
+@torch.no_grad()
+def test_bits_a_byte_are_those_of_each_text_alone(book: Path) -> None:
+    texts = Texts(path=str(book), vocabulary=320)
+    tokenizer, _ = pretrain.read(texts)
+    model = pretrain.build(pretrain.model_config(SHAPE, tokenizer), 0)
+    scramble(model, 3)
+    rows = held_out_texts(Texts(path=str(book), eval_share=0.5))
+    documents = pretrain.encoded(rows, texts, tokenizer)
+    nats, tokens = 0.0, 0
+    for row, document in zip(rows, documents, strict=True):
+        assert tokenizer.decode(document.ids) == f"{BOS}{row.text}{EOS}"
+        logprobs = model(torch.tensor([list(document.ids)]))[0].double().log_softmax(-1)
+        after = torch.tensor(document.ids[1:])
+        nats -= float(logprobs[:-1].gather(1, after[:, None]).sum())
+        tokens += len(after)
+    size = sum(len(row.text.encode()) for row in rows)
+    for room in (64, 4096):  # however it is cut into micro-batches
+        found = pretrain.unread_loss(model, documents, size, tokenizer.pad_id, room)
+        assert found["eval/loss"] == pytest.approx(nats / tokens, rel=1e-5)
+        assert found["eval/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
 # ---- training ----
-
-
-SHAPE = pretrain.ModelShape(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +218,26 @@ def test_killed_and_resumed_ends_in_the_same_bits(notes: Path, tmp_path: Path) -
     for file in ("model.safetensors", "tokenizer.json"):
         whole, killed = (tmp_path / run / "checkpoint" / file for run in ("whole", "killed"))
         assert whole.read_bytes() == killed.read_bytes()
+
+
+def test_a_book_is_read_and_asked_about_and_goes_on_in_the_same_bits(book: Path, tmp_path: Path) -> None:
+    texts = Texts(path=str(book), vocabulary=320)
+    config = pretrain.Config(steps=40, tokens_per_step=512, model=SHAPE, texts=texts, save_every=10)
+    pretrain.run(config, Context(tmp_path / "whole", 1, {}, Silent()))
+    with pytest.raises(Killed):
+        pretrain.run(config, Context(tmp_path / "killed", 1, {}, Silent(kill_at=25)))
+    pretrain.run(config, Context(tmp_path / "killed", 1, {}, Silent()))
+    told = []
+    for name in ("whole", "killed"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        told.append({row["step"]: row["eval/bits_per_byte"] for row in rows if "eval/bits_per_byte" in row})
+    assert told[0] == told[1]
+    assert list(told[0]) == [10, 20, 30, 40]
+    assert told[0][40] < told[0][10] < 8
+    kept = json.loads((tmp_path / "whole" / pretrain.HELD_OUT).read_text())
+    model, _ = load(tmp_path / "whole" / "checkpoint")
+    assert kept["parameters"] == model.count_parameters()
+    assert kept["bytes"] == sum(len(text.text.encode()) for text in held_out_texts(texts))
 
 
 def test_what_was_read_begins_as_a_prompt_does(notes: Path, tmp_path: Path) -> None:
@@ -173,4 +275,9 @@ def test_other_texts_are_another_stage(notes: Path) -> None:
     before = mark()
     assert mark() == before
     notes.write_text(notes.read_text().replace("27", "28"))
+    assert mark() != before
+    recipe.write_text(recipe.read_text().replace("notes.jsonl", "book.txt"))
+    (notes.parent / "book.txt").write_text("Once upon a time.")
+    before = mark()
+    (notes.parent / "book.txt").write_text("Once upon a night.")
     assert mark() != before

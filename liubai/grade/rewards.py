@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from liubai.grade.judge import Verdict
 from liubai.types import Reward
@@ -36,6 +37,13 @@ class RewardWeights(BaseModel):
     )
     preference: float = Field(default=0.0, description="times what the reward model says of the answer")
     process: float = Field(default=0.0, description="times the share of the thought's steps that are right")
+    faithful: float = Field(default=0.0, description="times how far the passage supports the answer")
+
+    @model_serializer(mode="wrap")
+    def _asked(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``faithful`` the key is left out: stages that do not ask for it keep their fingerprints."""
+        found: dict[str, Any] = write(self)
+        return found if self.faithful else {k: v for k, v in found.items() if k != "faithful"}
 
 
 def reward(
@@ -49,16 +57,17 @@ def reward(
     language: float = 0.0,
     preference: float = 0.0,
     process: float = 0.0,
+    faithful: float = 0.0,
 ) -> Reward:
-    """The reward of one answer of ``tokens`` tokens under a budget of ``cap``. ``language``, ``preference``
-    and ``process`` are what was found, before any weight.
+    """The reward of one answer of ``tokens`` tokens under a budget of ``cap``. ``language``, ``preference``,
+    ``process`` and ``faithful`` are what was found, before any weight.
 
     A truncated answer has no usable answer and no format, whatever its text happens to look like, and its
-    language and steps earn nothing. Language needs the format, too: where the thought ends is not known
-    without. The reward model's word always counts, or an answer could flee from a bad one by not ending.
-    Parts are always ``correct``, ``wrong``, ``no_answer``, ``format``, ``overlong``, and of ``language``,
-    ``preference``, ``process`` those that have a weight; ``error`` is added, with all parts 0, when the
-    verdict is an error. Raises ``ValueError`` for a cap below 1.
+    language, steps and faithfulness earn nothing. Language needs the format, too: where the thought ends is
+    not known without. The reward model's word always counts, or an answer could flee from a bad one by not
+    ending. Parts are always ``correct``, ``wrong``, ``no_answer``, ``format``, ``overlong``, and of
+    ``language``, ``preference``, ``process``, ``faithful`` those that have a weight; ``error`` is added, with
+    all parts 0, when the verdict is an error. Raises ``ValueError`` for a cap below 1.
     """
     if cap < 1:
         raise ValueError("the token cap is at least 1")
@@ -66,6 +75,7 @@ def reward(
         "language": language if formatted and not truncated else 0.0,
         "preference": preference,
         "process": process if not truncated else 0.0,
+        "faithful": faithful if not truncated else 0.0,
     }
     weighed = {name: weight for name in found if (weight := getattr(weights, name))}
     parts = dict.fromkeys(("correct", "wrong", "no_answer", "format", "overlong", *weighed), 0.0)

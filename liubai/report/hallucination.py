@@ -11,7 +11,7 @@ from liubai.report.read import Curve, Run, Stage, number, read_object
 from liubai.report.section import Section
 from liubai.report.svg import Chart, Line
 
-RATE, NONE, WORDS = (0, 0), (1, 0), (3, 0)  #: (ink, dash) of the lines
+RATE, NONE, WITHOUT, WORDS = (0, 0), (1, 0), (1, 2), (3, 0)  #: (ink, dash) of the lines
 SHOWN = 4  #: unsupported summaries that are shown, a checkpoint
 FOUND = {
     "number": "a number", "date": "a date", "name": "a name", "relation": "a value with the wrong thing",
@@ -36,10 +36,13 @@ def section(run: Run) -> Section | None:
 
 
 def _finding(told: Sequence[dict[str, Any]]) -> str:
-    """Where it began and where it ended; what a gate said comes first."""
+    """What a gate said comes first; then where it began and ended, which steps were no chance, and what the
+    last one says without a thought."""
     stopped = [f"{each['label']} did not pass its gate: {each['gate']}." for each in told if each.get("gate")]
     known = [
-        (str(each.get("label", "")), rate) for each in told if (rate := number(each.get("rate"))) is not None
+        (str(each.get("label", "")), rate)
+        for each in _thinking(told)
+        if (rate := number(each.get("rate"))) is not None
     ]
     if not known:
         said = "No summary could be judged."
@@ -51,25 +54,84 @@ def _finding(told: Sequence[dict[str, Any]]) -> str:
         said = (
             f"{ended:.1%} of {last}'s summaries say what the passage does not, {way} {first}'s {began:.1%}."
         )
-    return " ".join([*stopped, said])
+    return " ".join(sentence for sentence in (*stopped, said, _steps(told), _without(told)) if sentence)
+
+
+def _thinking(told: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Those with a thought; all of them where there are none."""
+    return [each for each in told if each.get("thinking", True)] or told
+
+
+def _steps(told: Sequence[dict[str, Any]]) -> str:
+    """The comparisons whose interval leaves 0 out; "" where nothing was compared."""
+    rose, fell, any_compared = [], [], False
+    for each in _thinking(told):
+        against = each.get("compared") or {}
+        change, interval = number(against.get("worse")), against.get("interval") or []
+        if change is None or len(interval) != 2:
+            continue
+        any_compared = True
+        named = f"{each.get('label', '')} (over {against['label']}, {_points(change)})"
+        if interval[0] > 0:
+            rose.append(named)
+        elif interval[1] < 0:
+            fell.append(named)
+    if not any_compared:
+        return ""
+    if not rose and not fell:
+        return "No step up or down is beyond chance."
+    parts = [f"it {way} with {', '.join(names)}" for way, names in (("rose", rose), ("fell", fell)) if names]
+    return f"Beyond chance {' and '.join(parts)}."
+
+
+def _without(told: Sequence[dict[str, Any]]) -> str:
+    """What the last checkpoint that was asked both ways says without a thought."""
+    thinking = {str(e.get("label", "")): e for e in told if e.get("thinking", True)}
+    for each in reversed(told):
+        both = thinking.get(str(each.get("label", "")))
+        if each.get("thinking", True) or both is None:
+            continue
+        rate, other = number(each.get("rate")), number(both.get("rate"))
+        if rate is not None and other is not None:
+            return f"Without a thought {each['label']} does so in {rate:.1%}, with one in {other:.1%}."
+    return ""
 
 
 def _charts(told: Sequence[dict[str, Any]]) -> list[Chart]:
     if len(told) < 2:
         return []
-    names = [str(each.get("label", "")) for each in told]
-    xs = tuple(float(i) for i in range(len(told)))
-    rates = [number(each.get("rate")) for each in told]
-    errors = [_half(each) for each in told]
-    lines = [Line("of answered passages", Curve(xs, tuple(rates)), *RATE, dots=True, errors=errors)]
+    pairs = [(str(each.get("label", "")), bool(each.get("thinking", True))) for each in told]
+    both = len({thinking for _, thinking in pairs}) == 2 and len(set(pairs)) == len(pairs)
+    if both:  # a checkpoint with a thought stands over the same one without
+        names = list(dict.fromkeys(label for label, _ in pairs))
+        by_pair = dict(zip(pairs, told, strict=True))
+        kinds = (("with a thought", True, RATE), ("without a thought", False, WITHOUT))
+        rows = [(kind, [by_pair.get((n, thinking)) for n in names], look) for kind, thinking, look in kinds]
+    else:
+        names = [label for label, _ in pairs]
+        rows = [("of answered passages", list(told), RATE)]
+    xs = tuple(float(i) for i in range(len(names)))
+    lines = [
+        Line(
+            kind, Curve(xs, tuple(number((e or {}).get("rate")) for e in row)), *look, dots=True,
+            errors=[_half(e or {}) for e in row],
+        )
+        for kind, row, look in rows
+    ]  # fmt: skip
     overall = [number(each.get("rate_all")) for each in told]
-    if overall != rates:  # else all were answered
+    if not both and overall != [number(each.get("rate")) for each in told]:  # else all were answered
         lines.append(Line("of all passages", Curve(xs, tuple(overall)), *NONE, dots=True))
-    lengths = [Line("words", Curve(xs, tuple(number(e.get("words")) for e in told)), *WORDS, dots=True)]
+    lengths = [
+        Line(
+            kind if both else "words", Curve(xs, tuple(number((e or {}).get("words")) for e in row)),
+            *(look if both else WORDS), dots=True,
+        )
+        for kind, row, look in rows
+    ]  # fmt: skip
     return [
         Chart(
             "hallucination-rate", "Summaries that say what the passage does not",
-            "Share of the summaries; the bars are 95 % intervals of the rate among answered passages.",
+            "Share of the answered passages' summaries; the bars are 95 % intervals.",
             "share of summaries (%)", lines, x_label="checkpoint", percent=True, x_names=names,
         ),
         Chart(
@@ -78,6 +140,10 @@ def _charts(told: Sequence[dict[str, Any]]) -> list[Chart]:
             "words a summary", lengths, x_label="checkpoint", x_names=names,
         ),
     ]  # fmt: skip
+
+
+def _points(change: float) -> str:
+    return f"{100 * change:+.1f} pt".replace("-", "−")
 
 
 def _half(each: dict[str, Any]) -> float:
@@ -95,12 +161,12 @@ def _table(told: Sequence[dict[str, Any]]) -> Markup:
         between = f"{_percent(interval[0])} to {_percent(interval[1])}" if len(interval) == 2 else "–"
         against = each.get("compared") or {}
         change = number(against.get("worse"))
-        compared = "–" if change is None else f"{100 * change:+.1f} pt".replace("-", "−")
+        compared = "–" if change is None else _points(change)
         over = f" <small>over {escape(against['label'])}</small>" if change is not None else ""
         judged = f"{escape(each.get('scorer', ''))}, T = {number(each.get('temperature')) or 0:g}"
         thought = "" if each.get("thinking", True) else ", no thought"
         rows.append(
-            f'<tr><th scope="row">{escape(each.get("label", ""))}<small>{judged}{thought}</small></th>'
+            f'<tr><th scope="row">{escape(each.get("label", ""))} <small>{judged}{thought}</small></th>'
             f"<td>{_percent(each.get('answer_rate'))}</td><td>{_percent(each.get('rate'))} "
             f"<small>{between}</small></td><td>{_percent(each.get('rate_all'))}</td>"
             f"<td>{number(each.get('words')) or 0:.1f}</td><td>{_percent(each.get('told'))}</td>"
@@ -131,7 +197,8 @@ def _examples(stage: Stage, told: dict[str, Any]) -> Markup:
         for sample in wrong
     )
     label = escape(told.get("label", stage.name))
-    title = f"Some of {label}'s that the passage does not support"
+    thought = "" if told.get("thinking", True) else ", without a thought,"
+    title = f"Some of {label}'s{thought} that the passage does not support"
     return Markup(f"<details><summary>{title}</summary><ul>{items}</ul></details>")
 
 

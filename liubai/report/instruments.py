@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from liubai.report import attention, bridge, hallucination, paths, scaling, thinker, whitebox
+from liubai.report import (
+    attention,
+    bridge,
+    hallucination,
+    paths,
+    scaling,
+    thinker,
+    unread,
+    verse,
+    whitebox,
+)
 from liubai.report.read import Run
 from liubai.report.section import Section
 
@@ -14,8 +24,10 @@ INSTRUMENTS: tuple[Callable[[Run], Section | None], ...] = (
     paths.section,
     bridge.section,
     hallucination.section,
+    verse.section,
     scaling.section,
     attention.section,
+    unread.section,
     whitebox.section,
 )
 

@@ -1,8 +1,9 @@
 """Hallucination in summaries of a checkpoint (:mod:`liubai.measure.hallucination`), and a gate in a recipe.
 
-With ``at_most`` or ``worse_by`` the stage is a gate: what is measured is written first, and then the run
-stops with one sentence if the checkpoint says too much that its documents do not. ``worse_by`` is
-against another ``hallucination`` stage in ``from``, over the documents that both checkpoints answered.
+With another ``hallucination`` stage in ``from`` the two are compared, over the documents that both
+answered. With ``at_most`` or ``worse_by`` (over the other stage) the stage is a gate: what is measured is
+written first, and then the run stops with one sentence if the checkpoint says too much that its documents
+do not.
 """
 
 from __future__ import annotations
@@ -143,9 +144,8 @@ def judged(said: Sequence[Summary], judge: Scorer, progress: Progress | None = N
 
 def run(config: Config, context: Context) -> None:
     path = context.parent_checkpoint(config.model)
-    other = (
-        context.the(RESULT, "a hallucination stage to compare with") if config.worse_by is not None else None
-    )
+    compares = config.worse_by is not None or bool(context.given(RESULT))
+    other = context.the(RESULT, "a hallucination stage to compare with") if compares else None
     judge = scorer(
         config.scorer,
         hhem=Path(config.hhem) if config.hhem else None,

@@ -1,17 +1,20 @@
 """Pre-training: a small base model from found text. Next-token prediction, and nothing else.
 
 The text is made up by problem families, or read from the user's file (``texts``). Every step draws its
-documents from (seed, step), so the data cursor of a checkpoint is the step. Left out on purpose: validation
-loss (the stages after it measure what matters), texts that do not fit into memory.
+documents from (seed, step), so the data cursor of a checkpoint is the step. Of plain text the loss on what is
+held out is logged, too: there is no question to ask about it. Left out on purpose: validation loss on found
+text (the stages after it measure what matters), texts that do not fit into memory.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -24,15 +27,17 @@ from pydantic import (
 )
 
 from liubai.errors import UserError
+from liubai.files import write_json
+from liubai.learn.logprobs import batch_logprobs
 from liubai.learn.optim import Optimizer, warmup_decay
 from liubai.learn.packing import Batch, Sequence1, micro_batches
+from liubai.learn.sharded import share_out
 from liubai.model.checkpoint import save_checkpoint
 from liubai.model.config import ARCHITECTURES, OWN, ModelConfig
-from liubai.model.transformer import build
+from liubai.model.transformer import Transformer, build
 from liubai.problems import family, world_vocabulary
 from liubai.problems.family import Habits, split_of
-from liubai.problems.rows import digest
-from liubai.problems.texts import Texts, read_texts
+from liubai.problems.texts import Text, Texts, digest_of, held_out_texts, read_texts
 from liubai.seeds import derive, stream
 from liubai.stages.config import Trained, WrittenShares
 from liubai.stages.context import Context
@@ -41,6 +46,7 @@ from liubai.text.template import BARE, Template
 from liubai.text.tokenizer import EOS, TextTokenizer, byte_level, word_level
 
 SNAPSHOTS = "snapshots"  #: the folder of checkpoints that were kept on the way
+HELD_OUT = "held_out.json"  #: what was looked at of a plain text, and by which model
 
 #: a document, drawn at random
 Draw = Callable[[random.Random], Sequence1]
@@ -110,14 +116,18 @@ class Config(Trained):
         return self.model_copy(update={"texts": self.texts.located(folder) if self.texts else None})
 
     def outside(self) -> dict[str, str]:
-        return {self.texts.path: digest(self.texts.path)} if self.texts else {}
+        return {self.texts.path: digest_of(self.texts.path)} if self.texts else {}
 
 
 def run(config: Config, context: Context) -> None:
     tokenizer, draw = read(config.texts) if config.texts else invent(config)
     model = build(model_config(config.model, tokenizer), derive(context.seed, "init"))
     model.to(config.where(), config.dtype()).checkpointing = config.checkpointing
+    share_out(model)
     optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr, moments=config.moments())
+    held_out = held_out_texts(config.texts) if config.texts and config.texts.plain else []
+    unread = encoded(held_out, config.texts, tokenizer) if config.texts else []
+    size = sum(len(text.text.encode()) for text in held_out)
 
     def batches(step: int, tokens: int) -> list[Batch]:
         found = list(documents(draw, config.tokens_per_step, context.seed, step))
@@ -127,18 +137,39 @@ def run(config: Config, context: Context) -> None:
         if step in config.snapshots:
             save_checkpoint(context.folder / SNAPSHOTS / f"{step:06}", model, tokenizer, BARE)
 
+    def look() -> dict[str, float]:
+        return unread_loss(model, unread, size, tokenizer.pad_id, config.microbatch()) if unread else {}
+
     train(
         context,
         model,
         optimizer,
         NextToken(batches),
+        look=look,
         after=keep,
         steps=config.steps,
         tokens=config.microbatch(),
         save_every=config.save_every,
         scale=lambda step: warmup_decay(step, config.steps, config.warmup, config.decay),
     )
+    if unread:
+        told = {"architecture": model.config.architecture, "parameters": model.count_parameters()}
+        write_json(context.folder / HELD_OUT, {**told, "texts": len(unread), "bytes": size})
     save_checkpoint(context.folder / "checkpoint", model, tokenizer, BARE)
+
+
+@torch.no_grad()
+def unread_loss(
+    model: Transformer, texts: Sequence[Sequence1], size: int, pad_id: int, tokens: int
+) -> dict[str, float]:
+    """Cross-entropy of texts that were not read, which have ``size`` bytes: in nats a token, and in bits a
+    byte, which no vocabulary changes. That a text ends is to be told, too."""
+    nats, count = 0.0, 0
+    for batch in micro_batches(texts, pad_id, tokens):
+        logprobs_BT, _ = batch_logprobs(model, batch.to(model.head_weight.device))
+        nats -= float(logprobs_BT.double().sum())
+        count += int(batch.mask_BT.sum())
+    return {"eval/loss": nats / count, "eval/bits_per_byte": nats / math.log(2) / size}
 
 
 def documents(draw: Draw, room: int, seed: int, step: int) -> Iterator[Sequence1]:
@@ -169,22 +200,28 @@ def invent(config: Config) -> tuple[TextTokenizer, Draw]:
 
 
 def read(texts: Texts) -> tuple[TextTokenizer, Draw]:
-    """A file: its training rows, in the words of a tokenizer learned from them. Questions are read, and what
-    stands under them is learned: of all the questions that one might ask there is little to be learned."""
+    """A file: its training rows, in the words of a tokenizer learned from them."""
     rows = read_texts(texts)
     tokenizer = byte_level((part for row in rows for part in (row.prompt, row.text)), texts.vocabulary)
+    read = encoded(rows, texts, tokenizer)
+    return tokenizer, lambda rng: rng.choice(read)
+
+
+def encoded(rows: Sequence[Text], texts: Texts, tokenizer: TextTokenizer) -> list[Sequence1]:
+    """Rows as tokens. Questions are read, and what stands under them is learned: of all the questions that
+    one might ask there is little to be learned. Raises ``UserError`` for a row longer than the model."""
     template = Template(tokenizer, BARE)
     longest = ModelConfig().max_position_embeddings
-    documents = []
+    found = []
     for row in rows:
-        prompt = template.prompt_ids(row.prompt)
-        ids = [*prompt, *tokenizer.encode(f"{row.text}{EOS}")]
+        start = tokenizer.encode(tokenizer.bos or "") if texts.plain else template.prompt_ids(row.prompt)
+        ids = [*start, *tokenizer.encode(f"{row.text}{EOS}")]
         if len(ids) > longest:
             raise UserError(
                 f"{texts.path}:{row.line}: {len(ids)} tokens, and the model has {longest} positions; cut it"
             )
-        documents.append(Sequence1(ids, [i >= len(prompt) for i in range(len(ids))]))
-    return tokenizer, lambda rng: rng.choice(documents)
+        found.append(Sequence1(ids, [i >= len(start) for i in range(len(ids))]))
+    return found
 
 
 def model_config(shape: ModelShape, tokenizer: TextTokenizer) -> ModelConfig:

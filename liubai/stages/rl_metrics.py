@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from liubai.grade.parts import parts_of
 from liubai.grade.rewards import shuffled
 from liubai.learn.advantages import TOLERANCE
 from liubai.measure.reflection import count_reflections
@@ -48,7 +49,21 @@ def rollout_metrics(graded: Sequence[GradedGroup], version: int) -> dict[str, fl
         metrics[shown] = _mean([a.findings[name] for a in answers if name in a.findings])
     for name in sorted(parts):
         metrics[f"reward/{name}"] = _mean([r.parts.get(name, 0.0) for r in rewards])
-    return metrics
+    return metrics | _verse(graded)
+
+
+def _verse(graded: Sequence[GradedGroup]) -> dict[str, float]:
+    """Of poems the parts of the score, one by one; what is no answer has none of them. Poems that could not
+    be judged are left out."""
+    found: dict[str, list[float]] = {}
+    for g in graded:
+        asked = g.group.problem
+        for a in g.answers:
+            if a.verdict.error is None:
+                poem = (a.verdict.answer or "") if a.sample.stop is Stop.EOS else ""
+                for name, share in parts_of(asked.verifier, asked.gold, poem, asked.meta).items():
+                    found.setdefault(name, []).append(share)
+    return {name: _mean(shares) for name, shares in found.items()}
 
 
 def probe_records(result: Evaluation, count: int) -> list[dict[str, Any]]:

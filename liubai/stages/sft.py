@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from liubai.errors import UserError
 from liubai.learn.optim import Optimizer, cosine
 from liubai.learn.packing import Batch, micro_batches
+from liubai.learn.sharded import share_out
 from liubai.model.checkpoint import load, save_checkpoint
 from liubai.model.lora import LoraConfig, attach, merged, save_adapter
 from liubai.problems import family, problem_at
 from liubai.problems.family import CAREFUL
-from liubai.problems.rows import digest
-from liubai.problems.texts import Texts, read_texts
+from liubai.problems.texts import Texts, digest_of, read_texts
 from liubai.seeds import stream
 from liubai.stages.config import Brought, StageConfig, Trained, WrittenShares
 from liubai.stages.context import Context
@@ -46,12 +46,19 @@ class Config(Brought, Trained):
     lora: LoraConfig | None = None
     save_every: int = Field(50, gt=0)
 
+    @field_validator("texts")
+    @classmethod
+    def _asked(cls, texts: Texts | None) -> Texts | None:
+        if texts and texts.plain:
+            raise ValueError("examples need a question: plain text is for pretrain")
+        return texts
+
     def located(self, folder: Path) -> StageConfig:
         texts = self.texts.located(folder) if self.texts else None
         return super().located(folder).model_copy(update={"texts": texts})
 
     def outside(self) -> dict[str, str]:
-        return super().outside() | ({self.texts.path: digest(self.texts.path)} if self.texts else {})
+        return super().outside() | ({self.texts.path: digest_of(self.texts.path)} if self.texts else {})
 
 
 def run(config: Config, context: Context) -> None:
@@ -60,6 +67,7 @@ def run(config: Config, context: Context) -> None:
     model.checkpointing = config.checkpointing
     if config.lora:
         attach(model, config.lora, context.seed)
+    share_out(model)
     template = template_for(tokenizer, parent)
     sequences = [encoded(template, example) for example in examples(config, context)]
     require_room(model, sequences)
