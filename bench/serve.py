@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.job import environment
-from bench.serve_host import PROMPTS, Load, measured, quantile
+from bench.serve_host import PROMPTS, Load, measured, processor_time, quantile
 
 PAIRS = 256  #: different questions with their seeds
 PATIENCE_S = 10.0  #: that a stream may be silent
@@ -133,14 +133,33 @@ def running(command: list[str], threads: int, ready: str) -> Iterator[subprocess
 
 def memory_mb(pid: int) -> float:
     """Resident megabytes of a process and its children."""
-    total, waiting = 0, [pid]
+    return sum(map(resident_mb, [pid, *below(pid)]))
+
+
+def resident_mb(pid: int) -> float:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return 0.0
+
+
+def below(pid: int) -> list[int]:
+    """The processes that it has started, and those that these have."""
+    found: list[int] = []
+    waiting = [pid]
     while waiting:
         one = waiting.pop()
         with contextlib.suppress(OSError):
-            total += int(Path(f"/proc/{one}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             for task in Path(f"/proc/{one}/task").iterdir():
                 waiting += map(int, (task / "children").read_text().split())
-    return total / 2**20
+        found.append(one)
+    return found[1:]
+
+
+def spent(pid: int) -> tuple[float, float, float]:
+    """Seconds of a processor so far: of a server's own process, of those below it (its model), and ours."""
+    with contextlib.suppress(OSError):
+        return processor_time(pid), sum(map(processor_time, below(pid))), time.process_time()
+    return 0.0, 0.0, time.process_time()
 
 
 async def load(
@@ -155,11 +174,12 @@ async def load(
     seen = Seen(expected=expected)
     tasks = [asyncio.create_task(client(port, i, clients, max_tokens, seen, exact)) for i in range(clients)]
     await asyncio.sleep(min(10.0, seconds / 4))
-    seen.counting, began, memory = True, time.perf_counter(), [memory_mb(pid)]
+    seen.counting, began, memory, before = True, time.perf_counter(), [memory_mb(pid)], spent(pid)
     while time.perf_counter() - began < seconds:
         await asyncio.sleep(min(5.0, seconds / 10))
         memory.append(memory_mb(pid))
     passed = time.perf_counter() - began
+    http, model, ours = (after - cpu for after, cpu in zip(spent(pid), before, strict=True))
     broken = [task for task in tasks if task.done()]
     now = time.perf_counter()
     stalled = sum(now - heard > PATIENCE_S for heard in seen.heard.values())
@@ -176,7 +196,13 @@ async def load(
         "answers": seen.answers,
         "wrong": len(seen.wrong) + len(broken),
         "stalled": stalled,
-        "pieces_per_s": seen.pieces / passed,
+        "pieces_per_answer": seen.pieces / max(1, seen.answers),
+        "http_s_per_1000_answers": 1000 * http / max(1, seen.answers),
+        "http_s_per_1000_tokens": 1000 * http / max(1, seen.tokens),
+        "model_s_per_1000_tokens": 1000 * model / max(1, seen.tokens),
+        "http_cores": http / passed,
+        "model_cores": model / passed,
+        "client_cores": ours / passed,
         "first_p50_s": quantile(seen.first, 50) if len(seen.first) > 1 else float("nan"),
         "first_p95_s": quantile(seen.first, 95) if len(seen.first) > 1 else float("nan"),
         "memory_mb": statistics.fmean(memory[:third]),
@@ -191,6 +217,12 @@ def free_port() -> int:
         return port
 
 
+def command_of(checkpoint: str, port: int, clients: int, max_tokens: int, threads: int) -> list[str]:
+    command = [sys.executable, "-m", "liubai.cli", "serve", checkpoint, "--name", "default"]
+    command += ["--port", str(port), "--threads", str(threads), "--slots", str(max(clients, 8))]
+    return [*command, "--max-length", str(max_tokens + 100)]
+
+
 def ours(
     checkpoint: str,
     clients: int,
@@ -200,9 +232,7 @@ def ours(
     expected: dict[int, list[str]],
 ) -> dict[str, float]:
     port = free_port()
-    command = [sys.executable, "-m", "liubai.cli", "serve", checkpoint, "--name", "default"]
-    command += ["--port", str(port), "--threads", str(threads), "--slots", str(max(clients, 8))]
-    command += ["--max-length", str(max_tokens + 100)]
+    command = command_of(checkpoint, port, clients, max_tokens, threads)
     with running(command, threads, f"127.0.0.1:{port}") as server:
         return asyncio.run(load(port, server.pid, clients, seconds, max_tokens, True, expected))
 
@@ -269,6 +299,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--max-tokens", type=int, default=300)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--served", action="store_true", help="without the engine alone beside it")
     parser.add_argument("--llama", metavar="SERVER", help="the program llama-server")
     parser.add_argument("--at", default="1,4,16,64", help="numbers of clients beside llama.cpp")
     given = parser.parse_args()
@@ -276,6 +307,12 @@ def main() -> None:
         beside_llama(given)
         return
     expected = offline_answers(given.checkpoint, given.max_tokens)
+    if given.served:
+        result = ours(
+            given.checkpoint, given.clients, given.seconds, given.max_tokens, given.threads, expected
+        )
+        show(f"served, {given.threads} threads", result)
+        return
     alone: dict[int, list[float]] = {1: [], 2: []}
 
     def offline() -> None:

@@ -11,17 +11,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from liubai.errors import UserError
+from liubai.grade import sandbox
 from liubai.model.checkpoint import load
 from liubai.rollout.local import LocalWriter
 from liubai.rollout.paths import PathsConfig
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive
 from liubai.serve.answering import answer
+from liubai.serve.asking import prepared
 from liubai.serve.errors import Refused, refusal_of
 from liubai.serve.events import ChoiceSaid, Ended, Event, PathSaid, Started
 from liubai.serve.house import House, Served, token_bytes
@@ -35,6 +37,8 @@ from liubai.text.template import template_for
 
 #: Tokens of a prompt, for which room is kept beside the answer's.
 PROMPT = 2048
+#: What is asked to see whether anything could be: a question whose steps a process model finds.
+TRIAL = "3 7 8 ->13"
 #: Answers written at once: paths.
 SLOTS = 64
 #: Signs that a terminal obeys instead of showing them, and what stands for each.
@@ -50,6 +54,7 @@ HELP = """\
 /tools NAMES|none    that the model may call: calculator, python
 /temperature T       0 is greedy
 /tokens N            the longest answer
+/seed N              decides every random draw, from the next question on
 /show on|off         show the thought
 /keep on|off         a conversation: earlier questions and answers are read again
 /settings            what is set
@@ -90,6 +95,8 @@ class Settings:
             self.at_least = _natural(text)
         elif command == "tokens":
             self.max_tokens = max(1, _natural(text))
+        elif command == "seed":
+            self.seed = _natural(text)
         elif command == "temperature":
             self.temperature = _temperature(text)
         elif command == "paths":
@@ -117,6 +124,7 @@ class Settings:
             "tools": ", ".join(self.tools) or "none",
             "temperature": f"{self.temperature:g}",
             "tokens": self.max_tokens,
+            "seed": self.seed,
             "show": "on" if self.show else "off",
             "keep": "on" if self.keep else "off",
         }
@@ -167,7 +175,10 @@ def talk(checkpoint: Path, compute: Compute, settings: Settings, judges: Sequenc
     found = judges_of({} if way is None else way.judges, None, device)
     writer = LocalWriter(engine, eos_ids=tokenizer.eos_ids, judges=found)
     served = Served("chat", writer, tokenizer, template, room, token_bytes=token_bytes(model.config))
-    Terminal(house_of(served), writer, settings).run()
+    terminal = Terminal(house_of(served), writer, settings)
+    if (wrong := terminal.wrong()) is not None:
+        raise UserError(wrong)
+    terminal.run()
 
 
 def house_of(served: Served) -> House:
@@ -212,10 +223,31 @@ class Terminal:
             print(HELP)
         elif name == "settings":
             print(self.settings.described())
-        elif (wrong := self.settings.set(name, text)) is not None:
+        elif (wrong := self.set(name, text)) is not None:
             print(wrong, file=sys.stderr)
         elif name == "keep":
             self.said.clear()
+        elif name == "seed":
+            self.turn = 0
+
+    def set(self, command: str, text: str) -> str | None:
+        """Set it, unless no question could then be answered: a sentence why."""
+        before = replace(self.settings)
+        wrong = self.settings.set(command, text) or self.wrong()
+        if wrong is not None:
+            self.settings = before
+        return wrong
+
+    def wrong(self) -> str | None:
+        """Why no question can be answered as things are set, if that is so."""
+        try:
+            if "python" in self.settings.tools:
+                sandbox.require()
+            asked = [{"role": "user", "content": TRIAL}]
+            asyncio.run(prepared(self.house, self.settings.request(asked, 0), None))
+        except (Refused, UserError) as error:
+            return refusal_of(error).message
+        return None
 
     def ask(self, question: str) -> bool:
         """Answer it; ``False`` when Ctrl-C stopped that."""

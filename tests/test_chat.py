@@ -5,17 +5,26 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny_config, tiny_model
 from serving import ScriptedWriter, house_of, says, tokenizer
 
 from liubai import chat as terminal
+from liubai import cli
 from liubai.chat import HELP, SLOTS, Screen, Settings, Terminal
+from liubai.errors import UserError
+from liubai.grade import sandbox
+from liubai.model.checkpoint import save_checkpoint
+from liubai.problems import world_vocabulary
 from liubai.rollout.engine import Request
 from liubai.rollout.paths import PathsConfig
 from liubai.serve.events import ChoiceSaid, Ended, Event, PathSaid, Started
 from liubai.serve.house import House
+from liubai.text.template import BARE
+from liubai.text.tokenizer import word_level
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
@@ -66,6 +75,7 @@ def talk(
         ("tools none", "tools", ()),
         ("temperature 0.25", "temperature", 0.25),
         ("tokens 9", "max_tokens", 9),
+        ("seed 7", "seed", 7),
         ("show off", "show", False),
         ("keep on", "keep", True),
     ],
@@ -90,6 +100,7 @@ def test_a_command_sets(line: str, field: str, value: Any) -> None:
         ("route fst", "say one of auto, fast, think, tool, none"),
         ("tools calcluator", "did you mean 'calculator'?"),
         ("temperature hot", "from 0 to 2"),
+        ("seed -1", "'-1' is no whole number"),
         ("temperature nan", "from 0 to 2"),
         ("thnik on", "there is no command /thnik"),
     ],
@@ -143,6 +154,64 @@ def test_as_many_paths_are_written_as_there_are_slots(
     assert printed.err == ""
     assert "hello" in printed.out
     assert len(writer.requests) == SLOTS
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["/paths best"], "needs a model that judges"),
+        (["/paths tree:8:process"], "without a process model"),
+        (["/temperature 0", "/paths vote:3"], "several answers at temperature 0 are one and the same"),
+        (["/paths vote:3", "/temperature 0"], "several answers at temperature 0 are one and the same"),
+        (["/budget 5", "/paths beam:2"], "a beam search has no thinking budget"),
+    ],
+)
+def test_what_no_question_could_be_answered_with_is_refused_at_once(
+    lines: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat, writer = talk(monkeypatch, lines)
+    alone, _ = talk(monkeypatch, lines[:-1])
+    assert writer.requests == []
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
+    assert chat.settings == alone.settings
+    talk(monkeypatch, [*lines, "x"])
+    assert "hello" in capsys.readouterr().out
+
+
+def test_python_is_refused_where_no_sandbox_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere() -> None:
+        raise UserError("no sandbox works here")
+
+    monkeypatch.setattr(sandbox, "require", nowhere)
+    chat, _ = talk(monkeypatch, ["/tools calculator", "/tools python"])
+    assert capsys.readouterr().err == "no sandbox works here\n"
+    assert chat.settings.tools == ("calculator",)
+
+
+def test_what_was_wrong_from_the_start_is_told_before_the_first_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = word_level(world_vocabulary())
+    config = tiny_config(vocab_size=words.vocab_size, max_position_embeddings=256, eos_token_id=words.eos_id)
+    save_checkpoint(tmp_path / "checkpoint", tiny_model(0, config), words, BARE)
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("it asks for a question"))
+    line = ["liubai", "chat", str(tmp_path / "checkpoint"), "--paths", "best:4", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", line)
+    assert cli.main() == 2
+    printed = capsys.readouterr()
+    assert "needs a model that judges" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_seed_begins_the_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, writer = talk(monkeypatch, ["x", "x", "/seed 5", "x", "x", "/seed 0", "x"])
+    first, second, third, fourth, fifth = [request.seed for request in writer.requests]
+    assert len({first, second, third, fourth}) == 4
+    assert fifth == first
 
 
 # ---- a talk ----

@@ -38,7 +38,7 @@ from liubai.seeds import stream
 from liubai.serve import host as host_module
 from liubai.serve.completing import _tokens
 from liubai.serve.errors import Refused, refusal_of
-from liubai.serve.host import Host
+from liubai.serve.host import PATIENCE, Host
 from liubai.serve.house import Served
 from liubai.serve.inside import LONGEST, REPORT, Inside, Outbox, Settings
 from liubai.serve.load import Busy, HostDied, Moving, Unavailable
@@ -522,6 +522,44 @@ def test_a_killed_process_fails_its_answers_and_is_started_again(
         return await host.write(ask(9))
 
     assert_close(loop.run(story()), offline([ask(9)])[0])
+
+
+def test_a_process_that_lives_and_does_not_work_is_started_again(
+    host: Host, loop: asyncio.Runner, long: list[Request], offline: Callable[[list[Request]], list[Sample]]
+) -> None:
+    """And only then: not one that nobody waits for, and not one that works for longer than it may be
+    silent."""
+
+    async def story(patience_s: float) -> Sample:
+        first = host._process
+        assert first is not None
+        assert first._looking is not None
+        first._looking.cancel()
+        host.patience_s = patience_s
+        first.watch(lambda: bool(host._open), patience_s)
+        before = host.figures().restarts
+        began = time.monotonic()
+        while time.monotonic() - began < 1.5 * patience_s:
+            await host.write(long[0])
+        os.kill(first.pid, signal.SIGSTOP)
+        await asyncio.sleep(1.5 * patience_s)
+        os.kill(first.pid, signal.SIGCONT)
+        assert (await host.write(ask(3))).completion_ids
+        assert host._process is first
+        os.kill(first.pid, signal.SIGSTOP)
+        stuck = await asyncio.gather(*(host.write(ask(i)) for i in range(3)), return_exceptions=True)
+        assert [type(error) for error in stuck] == [HostDied] * 3
+        assert all("was silent for 2 s and was ended; it is being started again" in str(e) for e in stuck)
+        await until(lambda: host.state == "ready")
+        assert host._process is not first
+        assert not alive(first.pid)
+        assert host.figures().restarts == before + 1
+        return await host.write(ask(9))
+
+    try:
+        assert_close(loop.run(story(2.0)), offline([ask(9)])[0])
+    finally:
+        host.patience_s = PATIENCE
 
 
 def test_stop_lets_finish_what_it_can_and_fails_the_rest(

@@ -330,6 +330,7 @@ def test_a_pulse_that_fails_is_nobodys_task(
         raise Secret("sesame")
 
     monkeypatch.setattr(Answering, "_pulse", failing)
+    monkeypatch.setattr(app_module, "HEAD_S", 0.01)
     answer = chat(create_app(house_of(says(ANSWER, held=a_little))), stream=True)
     gc.collect()
     assert answer.chunks()[-1]["choices"][0]["finish_reason"] == "stop"
@@ -832,6 +833,50 @@ def test_mistakes_of_serve_are_one_line(
     printed = capsys.readouterr()
     assert said in printed.err
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "calibrated", "option", "said"),
+    [
+        ("LlamaForCausalLM", True, "--reward-model", "is a language model"),
+        (
+            "LlamaForSequenceClassification",
+            False,
+            "--reward-model",
+            "is a process model; give a reward_model",
+        ),
+        (
+            "LlamaForSequenceClassification",
+            True,
+            "--process-model",
+            "is a reward model; give a process_model",
+        ),
+    ],
+)
+def test_a_judge_of_another_kind_is_refused_at_the_start(
+    checkpoint: Path,
+    tmp_path: Path,
+    kind: str,
+    calibrated: bool,
+    option: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"architectures": [kind], "num_labels": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if calibrated:
+        (tmp_path / "calibration.json").write_text('{"mean": 0.0, "spread": 1.0}')
+    monkeypatch.setattr(
+        sys, "argv", ["liubai", "serve", str(checkpoint), "--port", "0", option, str(tmp_path)]
+    )
+    assert cli.main() == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert str(tmp_path) in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""  # no model was loaded
 
 
 def test_without_the_extra_serve_says_what_to_install(

@@ -14,9 +14,10 @@ import json
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from liubai.rollout.paths import PathsConfig
 from liubai.rollout.paths import answer as write_paths
@@ -33,7 +34,7 @@ from liubai.serve.tools import TOOLS, ToolError, read_call
 from liubai.types import Sample, Stop
 
 
-async def answer(house: House, request: ChatRequest) -> AsyncGenerator[Event]:
+async def answer(house: House, request: ChatRequest, lull: Lull | None = None) -> AsyncGenerator[Event]:
     """Raises :class:`Refused`, ``UserError``, and what the writer raises."""
     decision = routed(house, request)
     if decision is not None and decision.calculation is not None:
@@ -45,7 +46,7 @@ async def answer(house: House, request: ChatRequest) -> AsyncGenerator[Event]:
         yield Started(job.served, len(job.ask.prompt_ids), job.route)
         choices = [Choice(i, job.speech(), job.one_call) for i in range(job.choices)]
         write = _several if job.several else _single
-        written = flow(lambda emit: [write(job, writer, choices, i, emit) for i in range(job.choices)])
+        written = flow(lambda emit: [write(job, writer, choices, i, emit) for i in range(job.choices)], lull)
         async with aclosing(written) as events:
             async for event in events:
                 yield event
@@ -123,7 +124,15 @@ def _finite(score: float | None) -> float | None:
     return score if score is not None and math.isfinite(score) else None
 
 
-Emit = Callable[[Event], None]
+#: Awaited when there is nothing more to tell for the moment.
+Lull = Callable[[], Awaitable[None]]
+
+
+class Emit(Protocol):
+    def __call__(self, event: Event, soon: bool = False) -> None:
+        """Tell ``event``. ``soon``: another one follows at once, or the end, with which it may go."""
+
+
 T = TypeVar("T")
 
 
@@ -136,8 +145,9 @@ async def until_enough(
     def heard(piece: Piece) -> None:
         if choice.enough:
             return
-        for event in choice.events(choice.speech.hear(piece)):
-            emit(event)
+        said = choice.speech.hear(piece)
+        for event in choice.events(said):
+            emit(event, choice.speech.ended)
         if choice.enough:
             writing.cancel()
 
@@ -167,7 +177,7 @@ async def _single(job: Job, writer: Writer, choices: Sequence[Choice], index: in
     if all(other.over for other in choices):
         completion = sum(choice.tokens for choice in choices)
         usage = Usage(len(ask.prompt_ids), completion, sum(choice.thought_tokens for choice in choices))
-        emit(Ended(index, choice.finish, usage, _summary(job, choices, 0, completion)))
+        emit(Ended(index, choice.finish, usage, _summary(job, choices, 0, completion)), True)
     else:
         emit(Ended(index, choice.finish))
 
@@ -207,7 +217,7 @@ async def _several(job: Job, writer: Writer, choices: Sequence[Choice], _: int, 
     spent = max(outcome.spent.written, choice.tokens)
     thought = min(spent, sum(path.thought_tokens for path in outcome.paths))
     usage = Usage(len(job.ask.prompt_ids), spent, thought)
-    emit(Ended(0, choice.finish, usage, _summary(job, told, chosen, spent)))
+    emit(Ended(0, choice.finish, usage, _summary(job, told, chosen, spent)), True)
 
 
 def _summary(job: Job, told: Sequence[Choice], chosen: int, tokens: int) -> dict[str, Any]:
@@ -270,16 +280,31 @@ def _calculated(house: House, request: ChatRequest, decision: Decision) -> Itera
         yield Ended(choice.index, choice.finish, Usage(0, 0, 0) if last else None, summary)
 
 
-async def flow(work: Callable[[Emit], Sequence[Coroutine[Any, Any, None]]]) -> AsyncGenerator[Event]:
+async def flow(
+    work: Callable[[Emit], Sequence[Coroutine[Any, Any, None]]], lull: Lull | None = None
+) -> AsyncGenerator[Event]:
     """What they emit, as it comes. The first error ends all of them, as does the end of whoever listens."""
-    queue: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
-    tasks = [asyncio.create_task(one) for one in work(queue.put_nowait)]
+    told = deque[Event | BaseException | None]()
+    loop = asyncio.get_running_loop()
+    called: asyncio.Future[None] | None = None  # while nothing is told
+
+    def emit(event: Event | BaseException | None, soon: bool = False) -> None:
+        told.append(event)
+        if not soon and called is not None and not called.done():
+            called.set_result(None)
+
+    tasks = [asyncio.create_task(one) for one in work(emit)]
     for task in tasks:
-        task.add_done_callback(lambda done: queue.put_nowait(None if done.cancelled() else done.exception()))
+        task.add_done_callback(lambda done: emit(None if done.cancelled() else done.exception()))
     open_ones = len(tasks)
     try:
         while open_ones:
-            event = await queue.get()
+            if not told and lull is not None:
+                await lull()
+            if not told:
+                called = loop.create_future()
+                await called
+            event = told.popleft()
             if isinstance(event, BaseException):
                 raise event
             if event is None:
@@ -287,6 +312,7 @@ async def flow(work: Callable[[Emit], Sequence[Coroutine[Any, Any, None]]]) -> A
             else:
                 yield event
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if not_done := [task for task in tasks if not task.done()]:
+            for task in not_done:
+                task.cancel()
+            await asyncio.gather(*not_done, return_exceptions=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,11 +21,11 @@ from starlette.responses import Response
 
 from liubai import __version__
 from liubai.serve import replies
-from liubai.serve.answering import answer
+from liubai.serve.answering import Lull, answer
 from liubai.serve.completing import complete
 from liubai.serve.errors import WRONG, Refused, refusal_of
 from liubai.serve.events import ChoiceCalled, ChoiceSaid, Ended, Event, PathSaid, Started, Usage
-from liubai.serve.guard import Guard, Receive, Scope, Send, dumped, respond
+from liubai.serve.guard import Guard, Receive, Scope, Send, dumped, dumps, respond
 from liubai.serve.host import Host
 from liubai.serve.house import House
 from liubai.serve.limits import FAREWELL_S, Gate, Gone, read_body, read_json, require_json
@@ -36,6 +36,8 @@ from liubai.serve.schema import ChatRequest, CompletionRequest, read
 PAGE = Path(__file__).parent / "page"
 #: Seconds of silence after which a stream says that it is still there: proxies close what says nothing.
 SILENCE_S = 15.0
+#: Seconds that the head of a stream waits for the first words, to go with them.
+HEAD_S = 1.0
 PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
@@ -45,15 +47,15 @@ PATHS = (
     "/openapi.json",
     "/",
 )
-SSE = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-cache",
-    "x-accel-buffering": "no",  # nginx would keep the tokens until there are enough
-}
+SSE = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would keep the tokens until there are enough
+]
 
 R = TypeVar("R", ChatRequest, CompletionRequest)
 Events = AsyncGenerator[Event]
-Chunks = AsyncIterator[dict[str, Any]]
+Chunks = AsyncIterator[str]
 Whole = Awaitable[tuple[dict[str, Any], Usage]]
 
 
@@ -67,17 +69,19 @@ class Answering(Response, Generic[R]):
         gate: Gate,
         metrics: Metrics,
         kind: type[R],
-        answer: Callable[[House, R], Events],
+        answer: Callable[[House, R, Lull | None], Events],
         chunks: Callable[[Started, AsyncIterator[Event], R], Chunks],
         whole: Callable[[Started, AsyncIterator[Event], R], Whole],
     ) -> None:
         super().__init__()
         self.house, self.gate, self.metrics = house, gate, metrics
         self.kind: type[R] = kind
-        self.answer: Callable[[House, R], Events] = answer
+        self.answer: Callable[[House, R, Lull | None], Events] = answer
         self.chunks: Callable[[Started, AsyncIterator[Event], R], Chunks] = chunks
         self.whole: Callable[[Started, AsyncIterator[Event], R], Whole] = whole
-        self.streaming = False
+        self.spoke = False  # the first words have come
+        self.streaming = self.begun = False  # begun: the head of the stream is sent
+        self.held = ""  # of a stream: what waits for what comes with it
         self.sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -95,13 +99,19 @@ class Answering(Response, Generic[R]):
             with suppress(TimeoutError):  # who does not read does not learn it
                 async with asyncio.timeout(FAREWELL_S):
                     if self.streaming:
-                        await send(_body(_event(refused.body()), more=False))
+                        self.held += _event(dumps(refused.body()))
+                        await self._flush(send, more=False)
                     else:
                         await respond(send, refused.status, refused.body(), refused.headers)
 
     async def _work(self, request: R, send: Send) -> None:
         began = time.monotonic()
-        async with aclosing(self.answer(self.house, request)) as events:
+
+        async def lull() -> None:
+            if self.spoke and self.held:
+                await self._flush(send)
+
+        async with aclosing(self.answer(self.house, request, lull if request.stream else None)) as events:
             started = await anext(events)
             assert isinstance(started, Started)
             observed = self._observed(started, events, began)
@@ -109,21 +119,41 @@ class Answering(Response, Generic[R]):
                 value, _ = await self.whole(started, observed, request)
                 await respond(send, 200, value)
                 return
-            await send({"type": "http.response.start", "status": 200, "headers": _lines(SSE)})
-            self.streaming, self.sent_at = True, time.monotonic()
-            pulse = asyncio.create_task(self._pulse(send))
-            held, single = b"", (request.n or 1) == 1
-            try:
+            self.streaming = True
+            async with self._kept_alive(send):
                 async for chunk in self.chunks(started, observed, request):
-                    held += _event(chunk)
-                    if single and _is_edge(chunk):
-                        continue
-                    await send(_body(held))
-                    held, self.sent_at = b"", time.monotonic()
-            finally:
-                pulse.cancel()
-                await asyncio.gather(pulse, return_exceptions=True)
-            await send(_body(held + b"data: [DONE]\n\n", more=False))
+                    self.held += _event(chunk)
+            self.held += _event("[DONE]")
+            await self._flush(send, more=False)
+
+    async def _flush(self, send: Send, more: bool = True) -> None:
+        data, self.held = self.held.encode("utf-8", "replace"), ""
+        if not self.begun:
+            self.begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": SSE})
+        self.sent_at = time.monotonic()
+        await send(_body(data, more))
+
+    @asynccontextmanager
+    async def _kept_alive(self, send: Send) -> AsyncIterator[None]:
+        """Whoever waits for long is told that we are there. Most answers are over before: they have no task
+        for it."""
+        pulse: list[asyncio.Task[None]] = []
+        timer = asyncio.get_running_loop().call_later(
+            HEAD_S, lambda: pulse.append(asyncio.create_task(self._keep_alive(send)))
+        )
+        try:
+            yield
+        finally:
+            timer.cancel()
+            for task in pulse:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    async def _keep_alive(self, send: Send) -> None:
+        if not self.begun:
+            await self._flush(send)
+        await self._pulse(send)
 
     async def _pulse(self, send: Send) -> None:
         while True:
@@ -136,12 +166,12 @@ class Answering(Response, Generic[R]):
 
     async def _observed(self, started: Started, events: Events, began: float) -> AsyncIterator[Event]:
         """The events as they are, counted."""
-        model, first = started.served.name, True
+        model = started.served.name
         if started.route is not None:
             self.metrics.routes.add(way=started.route["way"])
         async for event in events:
-            if first and isinstance(event, ChoiceSaid | ChoiceCalled | PathSaid):
-                first = False
+            if not self.spoke and isinstance(event, ChoiceSaid | ChoiceCalled | PathSaid):
+                self.spoke = True
                 self.metrics.first.add(time.monotonic() - began, model=model)
             if isinstance(event, Ended) and event.usage is not None:
                 usage = event.usage
@@ -152,26 +182,12 @@ class Answering(Response, Generic[R]):
             yield event
 
 
-def _is_edge(chunk: dict[str, Any]) -> bool:
-    """Does it say nothing by itself, or is it followed at once by the rest? What opens an answer goes with
-    its first words, and what ends it with the usage: short answers are many, and a write has its price."""
-    choices = chunk["choices"]
-    if not choices:
-        return False
-    delta = choices[0].get("delta", {})
-    return choices[0].get("finish_reason") is not None or delta == {"role": "assistant", "content": ""}
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + dumped(value) + b"\n\n"
+def _event(data: str) -> str:
+    return f"data: {data}\n\n"
 
 
 def _body(data: bytes, more: bool = True) -> dict[str, Any]:
     return {"type": "http.response.body", "body": data, "more_body": more}
-
-
-def _lines(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
-    return [(name.encode(), text.encode()) for name, text in headers.items()]
 
 
 def create_app(
@@ -189,15 +205,22 @@ def create_app(
     app = FastAPI(title="Liubai", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
     files = {file.name: file.read_bytes() for file in sorted(page.glob("*")) if file.suffix in TYPES}
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions() -> Response:
+    def chat_completions() -> Response:
         return Answering(house, gate, metrics, ChatRequest, answer, replies.chat_chunks, replies.chat_whole)
 
-    @app.post("/v1/completions")
-    async def completions() -> Response:
+    def completions() -> Response:
         return Answering(
             house, gate, metrics, CompletionRequest, complete, replies.text_chunks, replies.text_whole
         )
+
+    asked = {"/v1/chat/completions": chat_completions, "/v1/completions": completions}
+    for path, make in asked.items():
+        app.add_api_route(path, make, methods=["POST"])
+
+    async def front(scope: Scope, receive: Receive, send: Send) -> None:
+        """The way to an answer is short: a dozen layers, of which it needs none, cost as much as the rest."""
+        made = asked.get(scope["path"]) if scope["method"] == "POST" else None
+        await (app if made is None else made())(scope, receive, send)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -255,7 +278,7 @@ def create_app(
         # it is raised again for the guard, which logs it
         return _json(Refused(500, WRONG).body(), 500)
 
-    return Guard(app, metrics, keys=keys, hosts=hosts, origins=origins, paths=PATHS)
+    return Guard(front, metrics, keys=keys, hosts=hosts, origins=origins, paths=PATHS)
 
 
 TYPES = {

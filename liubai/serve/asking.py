@@ -193,9 +193,10 @@ def _check(job: Job, answers: int) -> None:
     if job.answers > answers:
         raise bad(f"this server writes {answers} answers at once at most", "paths")
     tokenizer = job.served.tokenizer
-    words = [tokenizer.encode(word) for pair in AGAIN.values() for word in pair]
-    if ask.at_least and not any(ids and tokenizer.unknown_id not in ids for ids in words):
-        raise bad(f"'{job.served.name}' has no word with which to think on", "think_at_least")
+    if ask.at_least:
+        words = [tokenizer.encode(word) for pair in AGAIN.values() for word in pair]
+        if not any(ids and tokenizer.unknown_id not in ids for ids in words):
+            raise bad(f"'{job.served.name}' has no word with which to think on", "think_at_least")
 
 
 def _longest(served: Served, config: PathsConfig) -> int:

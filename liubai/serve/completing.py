@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 from liubai.rollout.engine import Request
 from liubai.seeds import derive
-from liubai.serve.answering import Choice, Emit, flow, until_enough
+from liubai.serve.answering import Choice, Emit, Lull, flow, until_enough
 from liubai.serve.asking import beside, most, top_p
 from liubai.serve.errors import bad
 from liubai.serve.events import ChoiceSaid, Ended, Event, Started, Usage
@@ -19,7 +19,9 @@ from liubai.serve.schema import CompletionRequest
 from liubai.serve.streams import Speech
 
 
-async def complete(house: House, request: CompletionRequest) -> AsyncGenerator[Event]:
+async def complete(
+    house: House, request: CompletionRequest, lull: Lull | None = None
+) -> AsyncGenerator[Event]:
     """The prompts' continuations as they are; choice ``n·i + j`` is continuation j of prompt i. With ``echo``
     each begins with its prompt. Raises as :func:`answer`."""
     served, n = house.find(request.model), request.n or 1
@@ -64,13 +66,13 @@ async def complete(house: House, request: CompletionRequest) -> AsyncGenerator[E
             choice.stop = sample.stop
         last = all(other.over for other in choices)
         usage = Usage(sum(map(len, prompts)), sum(c.tokens for c in choices), 0) if last else None
-        emit(Ended(choice.index, choice.finish, usage))
+        emit(Ended(choice.index, choice.finish, usage), last)
 
     for ids in prompts:
         most(served, house.limits.max_tokens, len(ids), request)
     with served.room(len(choices)) as writer:
         yield Started(served, sum(map(len, prompts)))
-        async with aclosing(flow(lambda emit: [one(choice, emit) for choice in choices])) as events:
+        async with aclosing(flow(lambda emit: [one(choice, emit) for choice in choices], lull)) as events:
             async for event in events:
                 yield event
 

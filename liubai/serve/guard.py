@@ -163,5 +163,9 @@ async def respond(send: Send, status: int, value: Any, headers: dict[str, str] |
     await send({"type": "http.response.body", "body": body})
 
 
+#: A value as JSON; what UTF-8 cannot write is still in it.
+dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def dumped(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return dumps(value).encode("utf-8", "replace")

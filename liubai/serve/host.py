@@ -44,6 +44,9 @@ FIRST_PAUSE, LONGEST_PAUSE, SETTLED = 0.5, 30.0, 60.0
 SOONEST, LATEST = 1.0, 60.0
 #: Below this, float32 cannot divide by a temperature, and the answer is the greedy one anyhow.
 COLDEST, NARROWEST = 1e-3, 1e-6
+#: Seconds that a process may be silent while answers wait for it. One step may be long: a long question read
+#: by a large model on a small machine.
+PATIENCE = 300.0
 
 
 @dataclass(slots=True)
@@ -60,7 +63,8 @@ class _Open:
 class Host:
     """See the module. ``checkpoint``, ``reward_model`` and ``process_model`` are folders; ``slots`` answers
     are written at once and ``waiting`` more may wait; ``max_length`` bounds prompt + answer in tokens.
-    ``threads`` of the model's process: one fewer than there are cores, so that one is left for the server.
+    ``threads`` of the model's process: one fewer than there are cores, so that one is left for the server. A
+    process that says nothing for ``patience_s`` although answers wait for it is started again, too.
 
     Raises ``UserError`` for a folder that is no checkpoint; a file of weights that is broken is found by
     :meth:`start`.
@@ -78,10 +82,11 @@ class Host:
         waiting: int = 512,
         device: str = "auto",
         threads: int | None = None,
+        patience_s: float = PATIENCE,
     ) -> None:
         if slots < 1 or waiting < 0:
             raise UserError("a model is served in at least one slot, and no fewer than 0 may wait")
-        self.name, self.slots, self.waiting = name, slots, waiting
+        self.name, self.slots, self.waiting, self.patience_s = name, slots, waiting, patience_s
         self.folder = find_folder(checkpoint)
         self.config = read_config(self.folder)
         self.tokenizer = load_tokenizer(self.folder, self.config)
@@ -157,6 +162,7 @@ class Host:
         self._load_s = time.monotonic() - started
         self._told = self._in_use = self._waiting = 0
         self.state, self._trouble, self._started = "ready", None, time.monotonic()
+        process.watch(lambda: bool(self._open), self.patience_s)
 
     def _died(self, process: Process, ready: asyncio.Future[None]) -> None:
         if not ready.done():
@@ -166,7 +172,10 @@ class Host:
             return
         if self.state == "loading":  # whoever waits for it looks by itself
             return
-        self._fail_open(f"the process that was writing for '{self.name}' ended; it is being started again")
+        silent = f"was silent for {self.patience_s:g} s and was " if process.stuck else ""
+        self._fail_open(
+            f"the process that was writing for '{self.name}' {silent}ended; it is being started again"
+        )
         if self.state != "ready":
             return
         self.state, self._trouble = "down", f"the process of '{self.name}' ended"

@@ -102,16 +102,17 @@ class Outbox:
 
     def pass_on(self, engine: TorchEngine, ended: Sequence[tuple[int, Stop]], news: bool = False) -> None:
         """After a step: take what it wrote, and send what is due. ``news``: the load has changed."""
-        opened = self._open
+        opened, curious, taken = self._open, self._curious, 0
         for stream, token, logprob, alternatives in engine.fresh():
             one = opened.get(stream)
             if one is None:
                 continue
             one.ids.append(token)
             one.logprobs.append(logprob)
-            if stream in self._curious:
+            if curious and stream in curious:
                 one.alternatives.append(alternatives)
-            self.tokens += 1
+            taken += 1
+        self.tokens += taken
         now = self.clock()
         since = now - self._last
         first = [stream for stream in self._new if opened[stream].ids]

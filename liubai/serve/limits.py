@@ -9,7 +9,7 @@ import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -52,7 +52,7 @@ class Gate:
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self.closing, self.over, self.inside = limits, False, False, 0
-        self._watchers: set[asyncio.Future[None]] = set()
+        self._watchers: set[Callable[[Exception], None]] = set()
 
     @contextmanager
     def place(self) -> Iterator[None]:
@@ -85,38 +85,48 @@ class Gate:
     def end(self) -> None:
         """Those inside are told that it is over."""
         self.closing = self.over = True
-        for watcher in self._watchers:
-            if not watcher.done():
-                watcher.set_result(None)
+        for give_up in list(self._watchers):
+            give_up(stopping())
 
     async def watch(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         """The result of ``work``, which ends early when the client leaves (:class:`Gone`) or the server is
         stopped (:class:`Refused`), or when it takes longer than an answer may (``TimeoutError``). The whole
         request must have been received."""
-        doing = asyncio.ensure_future(work)
-        left = asyncio.ensure_future(_left(receive))
-        over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._watchers.add(over)
         if self.over:
-            over.set_result(None)
-        all_of_them: list[asyncio.Future[Any]] = [doing, left, over]
+            work.close()
+            raise stopping()
+        task, watching = asyncio.current_task(), True
+        assert task is not None
+        why: Exception | None = None
+
+        def give_up(error: Exception) -> None:
+            nonlocal why
+            if watching and why is None:
+                why = error
+                task.cancel()
+
+        left = asyncio.create_task(_left(receive))
+        left.add_done_callback(lambda _: give_up(Gone()))
+        timer = asyncio.get_running_loop().call_later(self.limits.answer_s, give_up, TimeoutError())
+        self._watchers.add(give_up)
         try:
-            await asyncio.wait(all_of_them, timeout=self.limits.answer_s, return_when=asyncio.FIRST_COMPLETED)
-            if doing.done():
-                return doing.result()
-            if left.done():
-                raise Gone
-            raise stopping() if over.done() else TimeoutError
+            return await work
+        except asyncio.CancelledError:
+            # as asyncio.timeout does it: whoever cancelled all of this must hear that it is
+            if why is not None and task.uncancel() == 0:
+                raise why from None
+            raise
         finally:
-            self._watchers.discard(over)
-            for one in all_of_them:
-                one.cancel()
-            await asyncio.gather(*all_of_them, return_exceptions=True)
+            watching = False
+            self._watchers.discard(give_up)
+            timer.cancel()
+            left.cancel()
 
 
 async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    with suppress(Exception):  # who cannot be heard has left, too
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
 
 def stopping() -> Refused:

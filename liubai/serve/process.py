@@ -17,6 +17,8 @@ from liubai.serve.wire import Frames, note
 
 #: Bytes read at a time.
 READ = 1 << 18
+#: How often in the time that it may be silent it is looked after.
+LOOKS = 8
 
 
 class Process:
@@ -54,6 +56,9 @@ class Process:
         self._commands: list[list[Any]] = []
         self._unsent = bytearray()
         self.linked = True
+        self.stuck = False  #: it lived, and did not work
+        self._heard_at = self.loop.time()
+        self._looking: asyncio.TimerHandle | None = None
         self.loop.add_reader(self.link, self._read)
         self._send(note(settings))
 
@@ -67,14 +72,28 @@ class Process:
             self.loop.call_soon(self._tell)
         self._commands.append(command)
 
+    def watch(self, awaited: Callable[[], bool], patience_s: float) -> None:
+        """End it when it has said nothing for so long although something is ``awaited``: a process that works
+        says so every second. Its end is then heard of as any other, with ``stuck``."""
+        if not awaited():
+            self._heard_at = self.loop.time()
+        elif self.loop.time() - self._heard_at > patience_s:
+            self.stuck = True
+            self._kill()
+            return
+        self._looking = self.loop.call_later(patience_s / LOOKS, self.watch, awaited, patience_s)
+
     async def end(self) -> str:
         """Kill it, if it lives, and reap it. How it ended."""
         self._unlink()
+        self._kill()
+        code = await asyncio.to_thread(self.popen.wait)
+        return f"its process was ended by signal {-code}" if code < 0 else f"its process ended with {code}"
+
+    def _kill(self) -> None:
         if self.popen.returncode is None:  # once it is reaped, its number may be another's
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.popen.pid, signal.SIGKILL)
-        code = await asyncio.to_thread(self.popen.wait)
-        return f"its process was ended by signal {-code}" if code < 0 else f"its process ended with {code}"
 
     def _tell(self) -> None:
         commands, self._commands = self._commands, []
@@ -107,12 +126,15 @@ class Process:
             self._unlink()
             self.on_end()
             return
+        self._heard_at = self.loop.time()
         for kind, body in self.frames.feed(data):
             self.take(kind, body)
 
     def _unlink(self) -> None:
         if self.linked:
             self.linked = False
+            if self._looking is not None:
+                self._looking.cancel()
             self.loop.remove_reader(self.link)
             self.loop.remove_writer(self.link)
             self.link.close()

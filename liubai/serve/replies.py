@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from liubai.serve.events import ChoiceCalled, ChoiceSaid, Ended, Event, PathSaid, Started, Usage
+from liubai.serve.guard import dumps
 from liubai.serve.house import Served
 from liubai.serve.schema import ChatRequest, CompletionRequest
 from liubai.serve.streams import Token
@@ -20,6 +23,7 @@ from liubai.text.tokenizer import TextTokenizer
 
 #: JSON has no −∞: what OpenAI writes for it.
 NEVER = -9999.0
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Reply:
@@ -35,8 +39,18 @@ class Reply:
             "system_fingerprint": fingerprint(started.served),
         }
 
-    def chunk(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    def whole(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
         return {**self.head, "choices": list(choices), **more}
+
+    def chunk(self, choice: str = "", more: Mapping[str, Any] = NOTHING) -> str:
+        """A chunk as JSON, with one ``choice``, or none. Chunks are many and mostly the same: what they share
+        is written once."""
+        rest = dumps(more)[1:] if more else "}"
+        return f'{self.opening},"choices":[{choice}]{"," if more else ""}{rest}'
+
+    @cached_property
+    def opening(self) -> str:
+        return dumps(self.head)[:-1]
 
 
 def fingerprint(served: Served) -> str | None:
@@ -57,53 +71,56 @@ def usage_of(usage: Usage) -> dict[str, Any]:
 
 async def chat_chunks(
     started: Started, events: AsyncIterator[Event], request: ChatRequest
-) -> AsyncIterator[dict[str, Any]]:
-    """The objects of a stream, in order."""
+) -> AsyncIterator[str]:
+    """The objects of a stream, in order, as JSON."""
     reply = Reply(started, "chat.completion.chunk", "chatcmpl")
     counted = request.stream_options is not None and bool(request.stream_options.include_usage)
     more: dict[str, Any] = {"usage": None} if counted else {}
     tokenizer = started.served.tokenizer
 
     def chunk(
-        index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None, **extra: Any
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return reply.chunk([choice], **more, **extra)
+        index: int,
+        delta: str,
+        finish: str = "null",
+        logprobs: str = "null",
+        extra: Mapping[str, Any] = NOTHING,
+    ) -> str:
+        choice = f'{{"index":{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}'
+        return reply.chunk(choice, {**more, **extra})
 
     route: dict[str, Any] = {"liubai": {"route": started.route}} if started.route else {}
     for index in range(request.n or 1):
-        yield chunk(index, {"role": "assistant", "content": ""}, **route)
+        yield chunk(index, '{"role":"assistant","content":""}', extra=route)
     async for event in events:
         if isinstance(event, ChoiceSaid):
-            thought = event.kind == "reasoning"
+            thought, text = event.kind == "reasoning", dumps(event.text)
             delta = (
-                {"reasoning_content": event.text, "reasoning": event.text}
-                if thought
-                else {"content": event.text}
+                f'{{"reasoning_content":{text},"reasoning":{text}}}' if thought else f'{{"content":{text}}}'
             )
-            logprobs = None
+            logprobs = "null"
             if request.logprobs:
                 entries = [entry(tokenizer, token) for token in event.tokens]
-                logprobs = {
-                    "content": None if thought else entries,
-                    "refusal": None,
-                    "reasoning_content": entries if thought else None,
-                }
+                logprobs = dumps(
+                    {
+                        "content": None if thought else entries,
+                        "refusal": None,
+                        "reasoning_content": entries if thought else None,
+                    }
+                )
             yield chunk(event.index, delta, logprobs=logprobs)
         elif isinstance(event, ChoiceCalled):
             call, place = event.call, event.place
             named = {"id": event.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
-            yield chunk(event.index, {"tool_calls": [{"index": place, **named}]})
+            yield chunk(event.index, dumps({"tool_calls": [{"index": place, **named}]}))
             rest = {"index": place, "function": {"arguments": call.arguments}}
-            yield chunk(event.index, {"tool_calls": [rest]})
+            yield chunk(event.index, dumps({"tool_calls": [rest]}))
         elif isinstance(event, PathSaid):
-            piece = {"path": event.path, event.kind: event.text}
-            yield reply.chunk([], **more, liubai=piece)
+            yield reply.chunk(more={**more, "liubai": {"path": event.path, event.kind: event.text}})
         elif isinstance(event, Ended):
             extra = {"liubai": event.summary} if event.summary is not None else {}
-            yield chunk(event.index, {}, event.finish, **extra)
+            yield chunk(event.index, "{}", f'"{event.finish}"', extra=extra)
             if counted and event.usage is not None:
-                yield reply.chunk([], usage=usage_of(event.usage))
+                yield reply.chunk(more={"usage": usage_of(event.usage)})
 
 
 @dataclass(slots=True)
@@ -135,7 +152,7 @@ async def chat_whole(
         _choice(started.served.tokenizer, i, message, bool(request.logprobs))
         for i, message in enumerate(messages)
     ]
-    return reply.chunk(choices, usage=usage_of(usage), liubai=summary), usage
+    return reply.whole(choices, usage=usage_of(usage), liubai=summary), usage
 
 
 def _choice(tokenizer: TextTokenizer, index: int, message: _Message, logprobs: bool) -> dict[str, Any]:
@@ -164,7 +181,7 @@ def _choice(tokenizer: TextTokenizer, index: int, message: _Message, logprobs: b
 
 async def text_chunks(
     started: Started, events: AsyncIterator[Event], request: CompletionRequest
-) -> AsyncIterator[dict[str, Any]]:
+) -> AsyncIterator[str]:
     reply = Reply(started, "text_completion", "cmpl")
     counted = request.stream_options is not None and bool(request.stream_options.include_usage)
     more: dict[str, Any] = {"usage": None} if counted else {}
@@ -175,12 +192,12 @@ async def text_chunks(
             offsets[event.index] = start + len(event.text)
             logprobs = _columns(started.served.tokenizer, event.tokens, request.logprobs, start)
             choice = {"index": event.index, "text": event.text, "logprobs": logprobs, "finish_reason": None}
-            yield reply.chunk([choice], **more)
+            yield reply.chunk(dumps(choice), more)
         elif isinstance(event, Ended):
             ended = {"index": event.index, "text": "", "logprobs": None, "finish_reason": event.finish}
-            yield reply.chunk([ended], **more)
+            yield reply.chunk(dumps(ended), more)
             if counted and event.usage is not None:
-                yield reply.chunk([], usage=usage_of(event.usage))
+                yield reply.chunk(more={"usage": usage_of(event.usage)})
 
 
 async def text_whole(
@@ -207,7 +224,7 @@ async def text_whole(
         }
         for i in sorted(finish)
     ]
-    return reply.chunk(choices, usage=usage_of(usage)), usage
+    return reply.whole(choices, usage=usage_of(usage)), usage
 
 
 def _columns(

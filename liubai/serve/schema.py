@@ -8,7 +8,7 @@ what is done anyhow (``presence_penalty`` 0 …). A name that is none of these i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -42,11 +42,11 @@ class Strict(BaseModel):
         return _trimmed(value, cls.model_fields)
 
 
-def _trimmed(value: Any, known: Iterable[str]) -> Any:
+def _trimmed(value: Any, known: Collection[str]) -> Any:
     """Of the names that are not known, the first alone: each would be an error, and a body holds many."""
-    names = set(known)
-    if not isinstance(value, dict) or len(value) <= len(names):
+    if not isinstance(value, dict) or len(value) <= len(known):
         return value
+    names = set(known)
     unknown = next(name for name in value if name not in names)
     return {name: one for name, one in value.items() if name in names or name == unknown}
 

@@ -117,6 +117,7 @@ class Speech:
         self.decoder, self._ends = Decoder(tokenizer, behind), frozenset(tokenizer.eos_ids)
         self.bare, self.curious, self.single = prefilled is None, curious, curious or bool(stops)
         self.stopped = False  #: by a stop text
+        self.ended = False  #: the last that was heard is an end token
         self.tokens = 0  #: heard, up to the stop
         self.thought_tokens = 0  #: of these, in the thought and its tags
         self.calls: list[Call] = []
@@ -143,6 +144,7 @@ class Speech:
 
     def hear(self, piece: Piece) -> list[Said | Call]:
         """What is certain by now. After a stop there is nothing more."""
+        self.ended = bool(piece.ids) and piece.ids[-1] in self._ends
         if not self.single:
             self._count(len(piece.ids))
             self._pending += self.decoder.push([i for i in piece.ids if i not in self._ends])
@@ -231,15 +233,12 @@ class Speech:
     def _release(self, state: State) -> None:
         """All but the beginning of a mark and, before it, white space."""
         text = self._pending
-        longest = max(map(len, self._marks[state]), default=0)
-        hold = next(
-            (
-                n
-                for n in range(min(longest - 1, len(text)), 0, -1)
-                if any(mark.startswith(text[-n:]) for mark in self._marks[state])
-            ),
-            0,
-        )
+        marks = self._marks[state]
+        longest = max(map(len, marks), default=0)
+        tail, hold = text[max(0, len(text) - longest + 1) :], 0
+        if any(mark[0] in tail for mark in marks):  # most of the time there is none
+            lengths = range(len(tail), 0, -1)
+            hold = next((n for n in lengths if any(mark.startswith(tail[-n:]) for mark in marks)), 0)
         certain = text[: len(text) - hold]
         self._pass(state, certain if self.bare or state == "call" else certain.rstrip())
 
