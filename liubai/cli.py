@@ -24,9 +24,10 @@ from liubai.commands.check import check
 from liubai.commands.evaluate import evaluate
 from liubai.commands.grade import grade
 from liubai.commands.hallucination import hallucination
+from liubai.commands.plan import plan
 from liubai.commands.scaling import scaling
 from liubai.commands.serve import serve
-from liubai.commands.shared import checkpoint_folder, table
+from liubai.commands.shared import Elsewhere, checkpoint_folder, table
 from liubai.commands.whitebox import whitebox
 from liubai.errors import UserError
 from liubai.model.config import Dtype
@@ -53,6 +54,19 @@ Reuse = Annotated[
     typer.Option(metavar="RUN", help="Take stages that are the same from this run folder; may be repeated."),
 ]
 Live = Annotated[bool, typer.Option("--live/--no-live", help="A live picture in a terminal.")]
+ClusterAt = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="auto|HOST:PORT",
+        help="Write and judge answers on Ray: on this machine, or there.",
+    ),
+]
+Actors = Annotated[
+    int | None,
+    typer.Option(min=1, help="On a cluster: processes that write answers.", show_default="all that fit"),
+]
+Trainers = Annotated[int, typer.Option(min=1, help="On a cluster: processes that learn together.")]
 
 
 def _version(asked: bool) -> None:
@@ -77,27 +91,54 @@ def run(
     out: Out = None,
     live: Live = True,
     reuse: Reuse = None,
+    cluster: ClusterAt = None,
+    actors: Actors = None,
+    trainers: Trainers = 1,
 ) -> None:
     """Run a recipe and write its report. The same command continues a run that was stopped."""
-    _run(recipe, overrides or [], out, live, reuse or [])
+    _run(recipe, overrides or [], out, live, reuse or [], Elsewhere(cluster, actors, trainers))
 
 
 @app.command(epilog="Example: liubai zero --set seed=1 --out runs/zero-1")
-def zero(overrides: Set = None, out: Out = None, live: Live = True) -> None:
+def zero(
+    overrides: Set = None,
+    out: Out = None,
+    live: Live = True,
+    cluster: ClusterAt = None,
+    actors: Actors = None,
+    trainers: Trainers = 1,
+) -> None:
     """From nothing to R1-Zero: run recipes/zero.toml."""
-    _run(_shipped("zero.toml"), overrides or [], out, live)
+    _run(_shipped("zero.toml"), overrides or [], out, live, [], Elsewhere(cluster, actors, trainers))
 
 
 @app.command(epilog="Example: liubai r1 --set seed=1 --out runs/r1-1")
-def r1(overrides: Set = None, out: Out = None, live: Live = True, reuse: Reuse = None) -> None:
+def r1(
+    overrides: Set = None,
+    out: Out = None,
+    live: Live = True,
+    reuse: Reuse = None,
+    cluster: ClusterAt = None,
+    actors: Actors = None,
+    trainers: Trainers = 1,
+) -> None:
     """DeepSeek-R1's four stages on a base of its own: run recipes/r1.toml."""
-    _run(_shipped("r1.toml"), overrides or [], out, live, reuse or [])
+    _run(_shipped("r1.toml"), overrides or [], out, live, reuse or [], Elsewhere(cluster, actors, trainers))
 
 
 @app.command(epilog="Example: liubai distill --out runs/distill")
-def distill(overrides: Set = None, out: Out = None, live: Live = True, reuse: Reuse = None) -> None:
+def distill(
+    overrides: Set = None,
+    out: Out = None,
+    live: Live = True,
+    reuse: Reuse = None,
+    cluster: ClusterAt = None,
+    actors: Actors = None,
+    trainers: Trainers = 1,
+) -> None:
     """A small student learns from a teacher, beside RL on the student alone: run recipes/distill.toml."""
-    _run(_shipped("distill.toml"), overrides or [], out, live, reuse or [])
+    where = Elsewhere(cluster, actors, trainers)
+    _run(_shipped("distill.toml"), overrides or [], out, live, reuse or [], where)
 
 
 def _shipped(name: str) -> Path:
@@ -118,17 +159,31 @@ def _program() -> str:
 
 
 def _run(
-    path: Path, overrides: Sequence[str], out: Path | None, live: bool, reuse: Sequence[Path] = ()
+    path: Path,
+    overrides: Sequence[str],
+    out: Path | None,
+    live: bool,
+    reuse: Sequence[Path],
+    where: Elsewhere,
 ) -> None:
-    from liubai import recipe
+    from liubai import ranks, recipe
     from liubai.stages.view import make_view
 
     plan = recipe.load_recipe(path, overrides)
     folder = out or Path("runs") / plan.name
     try:
-        with make_view(live) as view:
-            recipe.run(plan, folder, view, reuse)
+        if where.needs_trainers():
+            from liubai.cluster.trainers import train
+
+            train(where, plan.threads, path, overrides, folder, reuse)
+            return
+        with ranks.joined(), make_view(live and ranks.is_main()) as view, where.cluster(view) as cluster:
+            recipe.run(plan, folder, view, reuse, cluster)
+            if not ranks.is_main():
+                return
     except KeyboardInterrupt:
+        if not ranks.is_main():
+            raise typer.Exit(130) from None
         again = shlex.join([_program(), *sys.argv[1:]])
         print(f"liubai: stopped; what was saved is in {folder}; to continue: {again}", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -208,6 +263,7 @@ app.command(epilog="Example: liubai serve runs/r1/16-r1/checkpoint --port 8000")
 app.command(epilog="Example: liubai bridge runs/zero/3-zero/checkpoint --problems countdown")(bridge)
 app.command(epilog="Example: liubai hallucination runs/r1/16-r1/checkpoint --temperature 1")(hallucination)
 app.command(epilog="Example: liubai scaling runs/r1")(scaling)
+app.command(epilog="Example: liubai plan recipes/r1.toml --gpus 64 --gpu h100")(plan)
 app.command(epilog="Example: liubai attention runs/zero/3-zero/checkpoint --problems countdown")(attention)
 app.command(epilog="Example: liubai whitebox runs/crate/5-crate/checkpoint --problems countdown")(whitebox)
 
@@ -224,7 +280,7 @@ def main() -> int:
         finally:
             sys.stdout.flush()  # here, where a closed pipe can still be caught
     except UserError as error:
-        print("liubai: " + " ".join(str(error).splitlines()), file=sys.stderr)
+        print(f"liubai{_who()}: " + " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -239,6 +295,13 @@ def main() -> int:
         print(f"liubai: {reason[:1].lower()}{reason[1:]}{place}", file=sys.stderr)
         return 2
     return 0
+
+
+def _who() -> str:
+    """Which of several processes this is, where it is not the one that speaks for all."""
+    from liubai import ranks
+
+    return f" (rank {ranks.rank()})" if not ranks.is_main() else ""
 
 
 if __name__ == "__main__":

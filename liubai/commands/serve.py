@@ -70,6 +70,10 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of each model.", show_default="cores − 1")
     ] = None,
+    patience: Annotated[
+        float,
+        typer.Option(min=1.0, help="Seconds without a sign of life after which a model is started again."),
+    ] = 300.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Serve checkpoints to OpenAI's clients, with a page for people (docs/serving.md)."""
@@ -111,6 +115,7 @@ def serve(
             max_length=max_length,
             device=device,
             threads=threads,
+            patience_s=patience,
         )
         for called, folder in zip(_names(name or [], folders), folders, strict=True)
     ]
@@ -158,10 +163,20 @@ def keys_of(key: str | None, file: Path | None) -> tuple[str, ...]:
 
 
 def _judge(path: Path | None, name: str) -> Path | None:
-    """The model itself, where the folder of its stage is given. Raises ``UserError`` for what is neither."""
+    """The model itself, where the folder of its stage is given. Raises ``UserError`` for what is neither, and
+    for a model of another kind: of the two that judge, only a reward model is calibrated."""
+    from liubai.model.checkpoint import read_config
+    from liubai.stages.scoring import CALIBRATION
+
     for folder in () if path is None else (path, path / name):
-        if (folder / "config.json").is_file():
-            return folder
+        if not (folder / "config.json").is_file():
+            continue
+        read_config(folder, scorer=True)
+        if (folder / CALIBRATION).is_file() != (name == "reward_model"):
+            other = "a process model" if name == "reward_model" else "a reward model"
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} '{path}' is {other}; give a {name} folder")
+        return folder
     if path is not None:
         raise UserError(f"'{path}' is no model that judges; give a {name} folder")
     return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +13,41 @@ import typer
 from liubai.errors import UserError
 
 if TYPE_CHECKING:
+    from liubai.cluster.connect import Cluster
     from liubai.stages.config import Compute
+    from liubai.stages.view import View
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder, or a hub id.")]
 Seed = Annotated[int, typer.Option(min=0, help="Decides every random draw.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 TopP = Annotated[float, typer.Option(min=0.01, max=1.0, help="Keep the likeliest tokens of this mass.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """``--cluster``, ``--actors`` and ``--trainers``. Raises ``UserError`` for what does not fit together."""
+
+    address: str | None
+    actors: int | None
+    trainers: int
+
+    def __post_init__(self) -> None:
+        if self.address is None and (self.actors or self.trainers > 1):
+            raise UserError("--actors and --trainers are for a cluster; add --cluster auto, or its HOST:PORT")
+
+    def needs_trainers(self) -> bool:
+        """Are there several, and is this process none of them?"""
+        return self.trainers > 1 and "RANK" not in os.environ
+
+    def cluster(self, view: View) -> AbstractContextManager[Cluster | None]:
+        """None without one, and for the ranks beside the first."""
+        from liubai import ranks
+
+        if self.address is None or not ranks.is_main():
+            return nullcontext()
+        from liubai.cluster.connect import Cluster
+
+        return Cluster(self.address, view, self.actors)
 
 
 def table(result: dict[str, Any]) -> str:

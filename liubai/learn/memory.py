@@ -29,20 +29,21 @@ def map_within_memory(
     replicas: Replicas,
     work: Callable[[Transformer, Sequence[Lot]], list[Result]],
     lots: Sequence[Lot],
-    undo: Callable[[], None] = lambda: None,
+    undo: Callable[[], None] | None = None,
 ) -> tuple[list[Result], int]:
     """``replicas.map(work, lots)``; when memory runs out, ``undo()`` and all of it again with micro-batches
-    of half the tokens. The second result counts the halvings. Raises ``UserError`` when one row alone is too
-    much."""
+    of half the tokens. The second result counts the halvings. Without ``undo``, ``work`` has no gradients.
+    Raises ``UserError`` when one row alone is too much."""
     halvings = 0
     while True:
         try:
-            return replicas.map(work, lots), halvings
+            return (replicas.map if undo else replicas.read)(work, lots), halvings
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         # outside of the handler: the error's frames hold the tensors that memory ran out with
-        undo()
+        if undo:
+            undo()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         lots = halved(lots)

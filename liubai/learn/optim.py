@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from liubai import ranks
+
 #: Quintic Newton–Schulz coefficients (Jordan et al. 2024, Muon).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 #: AdamW updates this many numbers at a time; on a GPU, where each operation has its price, more
@@ -50,6 +52,9 @@ class Optimizer:
     Parameters of 16 bits have a master copy in float32 here: a step of 1e-6 would be lost in their
     rounding. Their gradients come together in float32, too. ``moments`` may be kept in bfloat16, at half the
     memory: with these betas a moment moves by 5 % of the difference, which 8 bits of mantissa still see.
+
+    Of a model that is shared out over ranks (:mod:`liubai.learn.sharded`) each rank updates its rows, whose
+    state alone it has; the norm is that of all rows, and Muon orthogonalises whole matrices.
     """
 
     def __init__(
@@ -72,9 +77,10 @@ class Optimizer:
         self.state: dict[str, Tensor] = {}
         self._wide: dict[str, Tensor] = {}  # gradients of 16-bit parameters
         for name, p in self.parameters.items():
-            self.state[f"{name}/first"] = torch.zeros_like(p, dtype=moments)
+            own = ranks.local(p.detach())
+            self.state[f"{name}/first"] = torch.zeros_like(own, dtype=moments)
             if not self._by_muon(name, p):
-                self.state[f"{name}/second"] = torch.zeros_like(p, dtype=moments)
+                self.state[f"{name}/second"] = torch.zeros_like(own, dtype=moments)
             if p.dtype in (torch.bfloat16, torch.float16):
                 self.state[f"{name}/master"] = p.detach().float()
                 p.register_post_accumulate_grad_hook(self._widen(name))  # type: ignore[no-untyped-call]
@@ -83,6 +89,10 @@ class Optimizer:
     def rates(self) -> str:
         """The learning rates by name, for messages."""
         return "lr" if self.muon_lr is None else "lr or muon_lr"
+
+    @property
+    def _is_shared_out(self) -> bool:
+        return any(hasattr(p, "to_local") for p in self.parameters.values())
 
     def _by_muon(self, name: str, p: Tensor) -> bool:
         return self.muon_lr is not None and is_hidden_matrix(name, p)
@@ -105,9 +115,12 @@ class Optimizer:
         A non-finite gradient changes nothing (no parameter, no moment, no count): the norm comes
         back non-finite and the caller decides.
         """
-        grads = {n: p.grad for n, p in self.parameters.items() if p.grad is not None} | self._wide
+        own = {n: ranks.local(p.grad) for n, p in self.parameters.items() if p.grad is not None}
+        grads = own | self._wide
+        del own
         norms = torch.stack([g.norm() for g in grads.values()]).tolist() if grads else []
-        norm = math.sqrt(sum(n**2 for n in norms))
+        squares = sum(n**2 for n in norms)
+        norm = math.sqrt(ranks.total(squares) if self._is_shared_out else squares)
         if grads and math.isfinite(norm):
             self.steps += 1
             clip = min(1.0, self.max_norm / (norm + 1e-6))
@@ -120,7 +133,7 @@ class Optimizer:
         return norm
 
     def _update(self, name: str, p: Tensor, grad: Tensor, clip: float, scale: float) -> None:
-        w = self.state.get(f"{name}/master", p)
+        w = self.state.get(f"{name}/master", ranks.local(p))
         grad = grad.to(w.dtype)
         first = self.state[f"{name}/first"]
         if self._by_muon(name, p):
@@ -130,14 +143,15 @@ class Optimizer:
             nesterov = grad + self.momentum * moved
             lr = scale * self.muon_lr
             w.mul_(1 - lr * self.weight_decay)
-            w.add_(orthogonalize(nesterov), alpha=-lr * 0.2 * max(p.shape) ** 0.5)
+            found = orthogonalize(ranks.whole(ranks.shared_as(nesterov, p)))
+            w.add_(ranks.rows_of(found, p), alpha=-lr * 0.2 * max(p.shape) ** 0.5)
         else:
             decay = 1 - scale * self.lr * self.weight_decay if p.ndim == 2 else 1.0
             whole = [t.reshape(-1) for t in (w, grad, first, self.state[f"{name}/second"])]
             block = BLOCK if w.device.type == "cpu" else GPU_BLOCK
             for i in range(0, whole[0].numel(), block):
                 self._adamw([t[i : i + block] for t in whole], clip, scale * self.lr, decay)
-        if w is not p:
+        if f"{name}/master" in self.state:
             p.copy_(w)
 
     def _adamw(self, part: list[Tensor], clip: float, lr: float, decay: float) -> None:
@@ -167,15 +181,16 @@ class Optimizer:
             p.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments, master copies and the step count, as tensors only."""
-        return {**self.state, "steps": torch.tensor(self.steps)}
+        """Moments, master copies and the step count, as tensors only; shared out as their parameters are."""
+        state = {n: ranks.shared_as(t, self.parameters[n.rpartition("/")[0]]) for n, t in self.state.items()}
+        return {**state, "steps": torch.tensor(self.steps)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if state.keys() != self.state_dict().keys():
             raise ValueError("this optimizer state belongs to another model or optimizer")
         self.steps = int(state["steps"].item())
         for name, tensor in self.state.items():
-            tensor.copy_(state[name])
+            tensor.copy_(ranks.local(state[name]))
 
 
 def warmup_decay(step: int, total: int, warmup: float = 0.05, decay: float = 0.5) -> float:

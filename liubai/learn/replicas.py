@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from liubai import ranks
+from liubai.learn.sharded import is_shared_out, over_ranks
 from liubai.model.transformer import Transformer
 
 Item = TypeVar("Item")
@@ -30,12 +32,12 @@ WORKERS = ThreadPoolExecutor(1024, thread_name_prefix="replica")
 
 class Replicas:
     """As many as torch has threads, of a small model on a CPU; fewer of a larger one, down to itself.
-    Elsewhere the model alone."""
+    Elsewhere the model alone, and so is one that is shared out over ranks."""
 
     def __init__(self, model: Transformer) -> None:
         self.threads = torch.get_num_threads()
         weight = model.head_weight
-        small = weight.device.type == "cpu" and weight.dtype == torch.float32
+        small = weight.device.type == "cpu" and weight.dtype == torch.float32 and not is_shared_out(model)
         fit = LARGEST // max(1, model.count_parameters()) if small else 1
         self.models = [model, *(_replica(model) for _ in range(min(self.threads, fit) - 1))]
 
@@ -44,7 +46,31 @@ class Replicas:
     ) -> list[Result]:
         """``work(model, share)`` for shares of ``items``, at the same time; results in the order of
         ``items``. Gradients come together in the first model, in a fixed order: the same threads give
-        the same sums, to the last bit. Raises what ``work`` raises."""
+        the same sums, to the last bit. Raises what ``work`` raises.
+
+        Over several ranks each has a part of the items, and all have the results and their part of the
+        gradients' sum."""
+        return self._over_ranks(work, items, learns=True)
+
+    def read(
+        self, work: Callable[[Transformer, Sequence[Item]], list[Result]], items: Sequence[Item]
+    ) -> list[Result]:
+        """:meth:`map` for ``work`` without gradients."""
+        return self._over_ranks(work, items, learns=False)
+
+    def _over_ranks(
+        self,
+        work: Callable[[Transformer, Sequence[Item]], list[Result]],
+        items: Sequence[Item],
+        learns: bool,
+    ) -> list[Result]:
+        if ranks.world() == 1:
+            return self._over_threads(work, items)
+        return over_ranks(self.models[0], lambda share: self._over_threads(work, share), items, learns)
+
+    def _over_threads(
+        self, work: Callable[[Transformer, Sequence[Item]], list[Result]], items: Sequence[Item]
+    ) -> list[Result]:
         n = min(len(self.models), len(items))
         if n <= 1:
             return work(self.models[0], items)

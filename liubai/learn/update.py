@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from liubai import ranks
 from liubai.errors import Diverged
 from liubai.learn.advantages import Advantage, advantages, chosen, teaches
 from liubai.learn.logprobs import batch_logprobs
@@ -22,6 +24,7 @@ from liubai.learn.optim import Optimizer
 from liubai.learn.packing import Batch, Sequence1, micro_batches
 from liubai.learn.prompts import SharedPrompt
 from liubai.learn.replicas import Replicas
+from liubai.learn.sharded import in_layers
 from liubai.model.transformer import Transformer
 from liubai.types import Group, Sample
 
@@ -115,6 +118,8 @@ def improve(
 ) -> dict[str, float]:
     """The optimizer steps on groups of answers whose tokens have their advantages; returns what to log.
     ``readers`` are the KL's reference."""
+    if in_layers(model):  # all ranks make the same passes, one for each micro-batch
+        config = replace(config, share_from=sys.maxsize)
     minibatches = [
         lots(sequences([pair for group in part for pair in group], config, version), config, pad_id)
         for part in _split(judged, config.minibatches)
@@ -223,6 +228,7 @@ def sequences(pairs: Sequence[Judged], config: UpdateConfig, version: int) -> li
 def lots(listed: Sequence[Sequence1], config: UpdateConfig, pad_id: int) -> list[Lot]:
     """Cut long prompts off: all but the last token, which predicts the first token of an answer.
     Sequences with nothing to learn are left out."""
+    tokens = ranks.portion(sum(len(s.ids) for s in listed), config.tokens_per_microbatch)
     answers: dict[tuple[int, ...], list[Sequence1]] = defaultdict(list)
     for s in listed:
         if True in s.learn:
@@ -231,7 +237,7 @@ def lots(listed: Sequence[Sequence1], config: UpdateConfig, pad_id: int) -> list
             answers[tuple(s.ids[:shared])].append(s.after(shared))
     found = []
     for prompt, continued in answers.items():
-        batches = micro_batches(continued, pad_id, config.tokens_per_microbatch)
+        batches = micro_batches(continued, pad_id, tokens)
         found += [Lot(prompt, batches)] if prompt else [Lot((), [batch]) for batch in batches]
     return found
 

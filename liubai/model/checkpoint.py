@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from liubai import ranks
 from liubai.errors import UserError
 from liubai.files import atomic_folder
 from liubai.model.config import ARCHITECTURES, SCORERS, ModelConfig
@@ -52,7 +53,8 @@ def save_checkpoint(
 ) -> None:
     """Write a complete checkpoint in ``model.config.dtype``, atomically: the folder appears whole or not at
     all. ``weights`` are the model's, unless others of the same names are given (merged adapters); each is
-    asked for once, a shard's at a time. A base model may have no ``template``."""
+    asked for once, a shard's at a time. A base model may have no ``template``. All ranks call this, and the
+    first one writes."""
     described = model.config.to_hf()
     special = {name: described[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     about = {"config.json": described, "generation_config.json": special}
@@ -69,8 +71,13 @@ def save_described(
 ) -> None:
     """:func:`save_checkpoint` for a model of any kind: ``about`` holds the JSON files that say of which."""
     state = model.state_dict()
+    given = state if weights is None else weights
+    if not ranks.is_main():
+        for name in given:
+            ranks.whole(given[name])  # the first one gathers it
+        return
     with atomic_folder(folder) as new:
-        _save_tensors(new, state, state if weights is None else weights, getattr(torch, model.config.dtype))
+        _save_tensors(new, state, given, getattr(torch, model.config.dtype))
         tokenizer.save(new / "tokenizer.json")
         if template is not None:
             (new / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -94,7 +101,7 @@ def _save_tensors(
     home: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        shard = {to_hf_name(n): weights[n].detach().to("cpu", dtype).contiguous() for n in names}
+        shard = {to_hf_name(n): ranks.whole(weights[n].detach()).to("cpu", dtype).contiguous() for n in names}
         (folder / file).touch()  # as others write: safetensors' own files can be read by their owner alone
         mode = (folder / file).stat().st_mode
         save_file(shard, folder / file, metadata={"format": "pt"})

@@ -8,7 +8,7 @@ Left out on purpose: dropout, DoRA, layers of their own ranks, trained embedding
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from liubai import ranks
 from liubai.errors import UserError
 from liubai.files import atomic_folder, read_json
 from liubai.model.checkpoint import to_hf_name
@@ -70,10 +71,14 @@ class LoraLinear(Linear):
     def merged(self, weight: Tensor | None = None) -> Tensor:
         """The weight of a plain layer that computes the same, in float32 or wider on the way; ``weight``
         stands in for the layer's own where that is only a shape."""
-        weight = self.weight if weight is None else weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        change = self.lora_b.to(wide) @ self.lora_a.to(wide) * self.scale
-        return (weight.to(wide) + change).to(weight.dtype)
+        weight = ranks.whole(self.weight) if weight is None else weight
+        return merge(weight, ranks.whole(self.lora_a), ranks.whole(self.lora_b), self.scale)
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``weight`` with an adapter's two matrices in it."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) + b.to(wide) @ a.to(wide) * scale).to(weight.dtype)
 
 
 def attach(model: Transformer, config: LoraConfig, seed: int) -> None:
@@ -97,7 +102,8 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 @torch.no_grad()
 def merged(model: Transformer) -> dict[str, Tensor]:
-    """The state of a plain model that computes the same; ``model``'s own if it has no adapters."""
+    """The state of a plain model that computes the same; ``model``'s own if it has no adapters. Only what is
+    merged is whole on every rank."""
     state = {n: t for n, t in model.state_dict().items() if not n.endswith((".lora_a", ".lora_b"))}
     for name, layer in adapters(model):
         state[f"{name}.weight"] = layer.merged()
@@ -112,12 +118,18 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 def save_adapter(folder: Path, model: Transformer, config: LoraConfig, base: str) -> None:
     """Write the adapters as PEFT does; ``base`` names the model that they belong to."""
     tensors = {
-        f"{PREFIX}{to_hf_name(name)}.lora_{letter.upper()}.weight": getattr(layer, f"lora_{letter}")
-        .detach()
-        .contiguous()
+        f"{PREFIX}{to_hf_name(name)}.lora_{letter.upper()}.weight": ranks.whole(
+            getattr(layer, f"lora_{letter}").detach()
+        ).contiguous()
         for name, layer in adapters(model)
         for letter in "ab"
     }
+    if ranks.is_main():
+        write_adapter(folder, tensors, config, base)
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig, base: str) -> None:
+    """The same from tensors under PEFT's names."""
     about = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -131,7 +143,7 @@ def save_adapter(folder: Path, model: Transformer, config: LoraConfig, base: str
         "inference_mode": True,
     }
     with atomic_folder(folder) as new:
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        save_file(dict(tensors), new / WEIGHTS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 

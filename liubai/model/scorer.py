@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from liubai import ranks
 from liubai.model.checkpoint import load_as, read_config, save_described
 from liubai.model.config import ModelConfig
 from liubai.model.hub import find_folder
@@ -70,7 +71,7 @@ def scorer_from(model: Transformer, seed: int) -> Scorer:
     weights, like, size = merged(model), model.norm.weight, model.config.hidden_size
     generator = torch.Generator().manual_seed(derive(seed, "score"))
     head = torch.empty(1, size).normal_(0.0, 1 / (size + 1), generator=generator)
-    state = {name: weights[name].clone() for name in scorer.state_dict() if name != HEAD}
+    state = {name: ranks.whole(weights[name]).clone() for name in scorer.state_dict() if name != HEAD}
     scorer.load_state_dict(state | {HEAD: head.to(like.device, like.dtype)}, assign=True)
     return scorer.eval()
 

@@ -8,6 +8,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from liubai import ranks
+
 PACKAGES = ("liubai", "torch", "numpy", "tokenizers", "safetensors")
 
 
@@ -21,6 +23,7 @@ def describe(threads: int) -> dict[str, str | int]:
         "processor": _processor(),
         "cores": os.cpu_count() or 0,
         "threads": threads,
+        **({"ranks": ranks.world()} if ranks.world() > 1 else {}),
         **({"kernels": kernels.status()} if kernels else {}),
         "system": f"{platform.system()} {platform.machine()}",
     }

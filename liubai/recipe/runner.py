@@ -17,21 +17,26 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from liubai import files
+from liubai import files, ranks
 from liubai.errors import UserError
 from liubai.measure.readiness import require_ready
 from liubai.problems.questions import Questions, disagreement
 from liubai.problems.source import Bank
 from liubai.recipe.environment import describe
+from liubai.recipe.follower import begin, end, follow, runs_together
 from liubai.recipe.recipe import Recipe, StagePlan
 from liubai.stages import stage_module
 from liubai.stages.config import Brought, Compute
 from liubai.stages.context import METRICS, Context, read_done, read_meta
 from liubai.stages.view import View
+
+if TYPE_CHECKING:
+    from liubai.cluster.connect import Cluster
 
 #: Raised when the code changes what a finished stage would contain: old results are then made again.
 FORMAT = 1
@@ -52,30 +57,51 @@ class _Session:
 
     view: View
     reuse: Sequence[Path]
+    cluster: Cluster | None
     anew: bool = False
 
 
-def run(recipe: Recipe, out: Path, view: View, reuse: Sequence[Path] = ()) -> Path:
+def run(
+    recipe: Recipe, out: Path, view: View, reuse: Sequence[Path] = (), cluster: Cluster | None = None
+) -> Path:
     """Run every stage of ``recipe`` that ``out`` does not hold yet; returns ``out``. A stage that one of the
-    run folders ``reuse`` has finished with the same fingerprint is copied from there.
+    run folders ``reuse`` has finished with the same fingerprint is copied from there. With a ``cluster``,
+    answers are written and judged there.
 
     Raises ``UserError`` when ``out`` is not a run folder, another run is working in it, questions could
     not be judged, a device or a model is not there or stages cannot do what is asked (nothing is touched
     then), when a saved state is damaged, or the disk is full.
+
+    Of several ranks (:mod:`liubai.ranks`) the first does this, and calls the others to the stages that all
+    run; these return when it is done.
     """
+    with ranks.joined():
+        if not ranks.is_main():
+            follow(recipe)
+            return out
+        try:
+            _run(recipe, out, _Session(view, reuse, cluster))
+        except BaseException as error:
+            with suppress(Exception):  # what went wrong first is what has to be told
+                end(failed=str(error) or type(error).__name__)
+            raise
+        end()
+    return out
+
+
+def _run(recipe: Recipe, out: Path, session: _Session) -> None:
     _check_folder(out)
-    for other in reuse:
+    for other in session.reuse:
         if not (other / MARK).exists():
             raise UserError(f"'{other}' is no run folder; --reuse takes the folder of an earlier run")
     _require(recipe)
     with _locked(out):
         _recover(out)
-        session = _Session(view, reuse)
         before = {path: path.read_bytes() for name in WHOLE if (path := out / name).exists()}
         moved: list[tuple[Path, Path]] = []
         try:
             files.write_text(out / "recipe.toml", recipe.to_toml())
-            _renumber(recipe, out, view, moved)
+            _renumber(recipe, out, session.view, moved)
             _stages(recipe, out, session)
         except BaseException:
             if not session.anew:
@@ -85,7 +111,6 @@ def run(recipe: Recipe, out: Path, view: View, reuse: Sequence[Path] = ()) -> Pa
                     for path, data in before.items():
                         files.write_bytes(path, data)
             raise
-    return out
 
 
 def _stages(recipe: Recipe, out: Path, session: _Session) -> None:
@@ -182,24 +207,34 @@ def _stage(
     given = [checkpoint for path in inputs.values() if (checkpoint := path / "checkpoint").exists()]
     if isinstance(plan.config, Brought) and not plan.config.model and given:
         plan.config.require_room(plan.name, given[0])
-    module = stage_module(plan.kind)
     with _making_room(plan.name, folder, mark, session):
         if recipe.threads:
             import torch
 
             torch.set_num_threads(recipe.threads)
-        if recipe.threads > (os.cpu_count() or recipe.threads):
-            view.warn(f"{recipe.threads} threads on {os.cpu_count()} cores: they will wait for each other")
+        threads = recipe.threads * ranks.on_this_machine()
+        if threads > (os.cpu_count() or threads):
+            view.warn(f"{threads} threads on {os.cpu_count()} cores: they will wait for each other")
         # written by the one who computes, not by every later look at a finished run
         continues = (folder / "state").exists()
         _record(folder.parent / "environment.json", describe(recipe.threads), continues, view)
-        context = Context(folder, recipe.seed, inputs, view, stage=plan.name, fingerprint=mark)
+        context = Context(folder, recipe.seed, inputs, view, plan.name, mark, session.cluster)
         try:
-            module.run(plan.config, context)
+            _all_run(plan, context)
             context.finish()
         finally:
             context.close()
     view.finish(plan.name, False)
+
+
+def _all_run(plan: StagePlan, context: Context) -> None:
+    """The stage itself: on all ranks, or here while they wait."""
+    together = runs_together(plan)
+    if together:
+        begin(plan, context.inputs, context.fingerprint)
+    with nullcontext() if together else ranks.alone():
+        stage_module(plan.kind).run(plan.config, context)
+        ranks.gather(None)  # until all are through
 
 
 @contextmanager

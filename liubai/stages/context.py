@@ -18,7 +18,6 @@ that was left alone.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -28,31 +27,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liubai import files
+from liubai import files, ranks
 from liubai.errors import UserError
+from liubai.grade.pool import GraderPool
 from liubai.model.hub import find_folder
+from liubai.stages import shards
+from liubai.stages.shards import TENSORS as TENSORS
 from liubai.stages.view import View
 
 if TYPE_CHECKING:
     import torch
 
+    from liubai.cluster.connect import Cluster
+
 METRICS, SAMPLES, WARNINGS = "metrics.jsonl", "samples.jsonl", "warnings.jsonl"
 LOGS = (METRICS, SAMPLES, WARNINGS)
-TENSORS, META = "tensors.safetensors", "meta.json"
+META = "meta.json"
 
 
 @dataclass(frozen=True)
 class State:
-    """A resume point: ``step`` steps are done. ``tensors`` are on the CPU."""
+    """A resume point: ``step`` steps are done. ``tensors`` are on the CPU, or those that were read into."""
 
     step: int
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
     meta: dict[str, Any]
 
 
 @dataclass
 class Context:
-    """Made by the runner, one a stage. ``inputs``: stage name -> folder of that finished stage."""
+    """Made by the runner, one a stage. ``inputs``: stage name -> folder of that finished stage.
+
+    Of several ranks the first has the stage's folder, a view and logs; the others have a folder that goes
+    when they end, and say nothing. They call :meth:`save` and :meth:`restore` together."""
 
     folder: Path
     seed: int
@@ -60,6 +67,7 @@ class Context:
     view: View
     stage: str = ""
     fingerprint: str = ""
+    cluster: Cluster | None = None  #: where answers are written and judged, if not here
     _before: float = field(default=0.0, init=False)  # seconds of work before this session
     _started: float = field(default_factory=time.monotonic, init=False)
     _scalars: Any = field(default=None, init=False)  # TensorBoard's writer, made on first use
@@ -108,11 +116,17 @@ class Context:
             )
         return found[0]
 
+    def graders(self, timeout_s: float) -> GraderPool:
+        """Graders, here or on the cluster. To be closed by whoever asked for them."""
+        return self.cluster.graders(timeout_s) if self.cluster else GraderPool(timeout_s=timeout_s)
+
     def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """One line of numbers after ``step`` of ``total`` steps. What is not finite becomes null.
 
         Raises ``ValueError`` for metrics called ``step`` or ``time``, ``UserError`` when the disk is full.
         """
+        if not ranks.is_main():
+            return
         if reserved := {"step", "time"} & metrics.keys():
             raise ValueError(f"a metric cannot be called '{reserved.pop()}'")
         numbers = {name: _number(value) for name, value in metrics.items()}
@@ -125,10 +139,14 @@ class Context:
 
     def samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Keep ``records`` (JSON values) of ``step``, to be read by the report."""
+        if not ranks.is_main():
+            return
         self._append(SAMPLES, [{"step": step, **_finite(record)} for record in records])
 
     def warn(self, message: str) -> None:
         """Show a warning, and keep it for the report."""
+        if not ranks.is_main():
+            return
         self._append(WARNINGS, [{"time": round(self.seconds, 3), "message": message}])
         self.view.warn(f"{self.stage}: {message}")
 
@@ -137,12 +155,15 @@ class Context:
 
         ``meta`` holds JSON values. Raises ``UserError`` when the disk is full: the last one stays.
         """
+        if not ranks.is_main():
+            shards.write(self.folder, tensors)
+            return
         if self._scalars is not None:
             with files.naming_full_disk(self._tensorboard_folder):
                 self._scalars.flush()
         lengths = {name: files.sync_file(self.folder / name) for name in LOGS}
         with files.atomic_folder(self.folder / "state") as new:
-            _write_tensors(new / TENSORS, tensors)
+            digest = shards.write(new, tensors)
             files.write_json(
                 new / META,
                 {
@@ -150,29 +171,43 @@ class Context:
                     "seconds": self.seconds,
                     "fingerprint": self.fingerprint,
                     "lengths": lengths,
-                    "sha256": _digest(new / TENSORS),
+                    "sha256": digest,
                     "meta": dict(meta),
                 },
             )
 
-    def restore(self) -> State | None:
-        """The last resume point, with the logs cut back to it; None (and a clean folder) without one.
+    def restore(self, into: Mapping[str, torch.Tensor] | None = None) -> State | None:
+        """The last resume point, with the logs cut back to it; None (and a clean folder) without one. Several
+        ranks read its tensors ``into`` those of theirs, of the same names.
 
         To be called before anything is logged.
         Raises ``UserError`` when the saved state is damaged.
         """
-        files.sweep(self.folder)
-        state = self.folder / "state"
-        if not state.exists():
-            self._wipe()
+        found = ranks.by_main(self._saved)
+        if found is None:
             return None
-        saved = read_meta(state)
-        tensors = _read_tensors(state / TENSORS, saved["sha256"])
-        for name in LOGS:
-            _truncate(self.folder / name, saved["lengths"].get(name, 0), state)
+        state, saved = Path(found[0]), found[1]
+        try:
+            tensors = shards.read(state, saved["sha256"], into)
+        except (OSError, ValueError) as error:
+            several = len(list(state.glob(shards.ENDING))) > 1
+            raise _damaged(state if several else state / TENSORS, state, error) from error
+        ranks.by_main(lambda: self._cut_back(state, saved["lengths"]))
         self._before, self._started = saved["seconds"], time.monotonic()
         self._restored_step = saved["step"]
         return State(saved["step"], tensors, saved["meta"])
+
+    def _saved(self) -> tuple[str, dict[str, Any]] | None:
+        files.sweep(self.folder)
+        state = self.folder / "state"
+        if state.exists():
+            return str(state), read_meta(state)
+        self._wipe()
+        return None
+
+    def _cut_back(self, state: Path, lengths: Mapping[str, int]) -> None:
+        for name in LOGS:
+            _truncate(self.folder / name, lengths.get(name, 0), state)
 
     def finish(self) -> None:
         """Mark the stage as done; the mark is the last thing written. The resume point goes after it."""
@@ -279,42 +314,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(inner) for inner in value]
     return value
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    if not tensors:  # a stage without tensors does not pay for importing torch
-        path.write_bytes(b"")
-        return
-    from safetensors.torch import save_file
-
-    seen: set[int] = set()
-    ready = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        # the format refuses tensors that share memory: tied weights are written twice
-        ready[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    save_file(ready, path)
-
-
-def _read_tensors(path: Path, sha256: str) -> dict[str, torch.Tensor]:
-    try:
-        # the format notices a short file, not a flipped bit
-        if _digest(path) != sha256:
-            raise ValueError("its checksum differs")
-        if path.stat().st_size == 0:
-            return {}
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    except (OSError, ValueError) as error:
-        raise _damaged(path, path.parent, error) from error
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _truncate(path: Path, length: int, state: Path) -> None:

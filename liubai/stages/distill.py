@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from liubai import ranks
 from liubai.errors import UserError
 from liubai.learn.distil import forward_kl, reverse_kl
 from liubai.learn.losses import token_weights
@@ -100,7 +101,8 @@ def answers_of(groups: Sequence[Group], policy: Policy) -> list[Batch]:
         )
         for s, n, weight in zip(samples, lengths, weights, strict=True)
     ]
-    return micro_batches(sequences, policy.tokenizer.pad_id, policy.tokens_per_microbatch)
+    tokens = ranks.portion(sum(len(s.ids) for s in sequences), policy.tokens_per_microbatch)
+    return micro_batches(sequences, policy.tokenizer.pad_id, tokens)
 
 
 class Imitation:

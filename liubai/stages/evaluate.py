@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from liubai import ranks
 from liubai.errors import UserError
 from liubai.files import read_json, write_json
 from liubai.grade import GradeItem, GraderPool, Verdict, grade, is_bounded
@@ -214,7 +215,9 @@ def evaluate(
     pool: GraderPool | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Sample and grade. Verifiers that are not bounded by construction need a ``pool``."""
+    """Sample and grade. Verifiers that are not bounded by construction need a ``pool``. Of several ranks each
+    asks its engine a share of the problems, and all have the whole evaluation."""
+    mine = ranks.own(range(len(problems)))
     requests = [
         Request(
             id=i * samples + j,
@@ -224,7 +227,7 @@ def evaluate(
             temperature=temperature,
             top_p=top_p,
         )
-        for i, problem in enumerate(problems)
+        for i, problem in ((i, problems[i]) for i in mine)
         for j in range(samples)
     ]
     done: dict[int, Sample] = {}
@@ -234,7 +237,19 @@ def evaluate(
         done.update((request.id, sample) for request, sample in finished)
         if progress and finished:
             progress(len(done), len(requests))
-    return graded(template, problems, _rows([done[r.id] for r in requests], samples), pool)
+    rows = _rows([done[r.id] for r in requests], samples)
+    return joined(problems, ranks.gather(graded(template, [problems[i] for i in mine], rows, pool)))
+
+
+def joined(problems: Sequence[Problem], shares: Sequence[Evaluation]) -> Evaluation:
+    """One of ``problems``, of which each rank has evaluated its own."""
+    if len(shares) == 1:
+        return shares[0]
+    samples, responses, verdicts = (
+        ranks.dealt([getattr(share, name) for share in shares])
+        for name in ("samples", "responses", "verdicts")
+    )
+    return Evaluation(problems, samples, responses, verdicts)
 
 
 def graded(
@@ -253,7 +268,7 @@ def graded(
         verdicts = [grade(item) for item in items]
     if not template.thinking:
         verdicts = [without_blank(v, r) for v, r in zip(verdicts, responses, strict=True)]
-    each = len(samples[0])
+    each = len(samples[0]) if samples else 1
     return Evaluation(problems, samples, _rows(responses, each), _rows(verdicts, each))
 
 

@@ -12,6 +12,7 @@ The loop in which it belongs::
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,34 +20,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
+from liubai import ranks
 from liubai.errors import Diverged, UserError
-from liubai.grade import GraderPool, RewardWeights, Verdict
+from liubai.grade import RewardWeights, Verdict
 from liubai.grade.language import require_known
 from liubai.grade.readable import ReadableConfig
 from liubai.learn.optim import Optimizer
+from liubai.learn.sharded import refresh, share_out
 from liubai.measure.readiness import warn_unjudged
 from liubai.model.checkpoint import load, save_checkpoint
 from liubai.model.lora import LoraConfig, attach, merged, save_adapter, trained
 from liubai.problems import FAMILIES, family
 from liubai.problems.family import Audited
 from liubai.problems.source import source_of
+from liubai.rollout.engines import EngineConfig, canary_for, engine_for
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive
-from liubai.stages.config import MAX_SKIPPED, Brought, KindName, Shares, Trained
+from liubai.stages.config import MAX_SKIPPED, Brought, KindName, Shares, StageConfig, Trained
 from liubai.stages.context import WARNINGS, Context
 from liubai.stages.evaluate import evaluate
 from liubai.stages.rl_metrics import probe_records, rollout_metrics
-from liubai.stages.rollouts import GradedGroup, Rollouts
+from liubai.stages.rollouts import PASSAGES, GradedGroup, Rollouts, passage_of, weights_for
 from liubai.stages.scoring import scorers_of
 from liubai.stages.supervised import under
+from liubai.stages.together import kind_of
 from liubai.text.template import require_readable, template_for
-
-#: mean |Δ log-probability| that the arithmetic alone explains; stale weights make 0.2 (trl#5312)
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 
 
 class PolicyConfig(Brought, Trained):
@@ -67,8 +68,12 @@ class PolicyConfig(Brought, Trained):
     #: other rewards for the problems of single families, or of single verifiers
     rewards_of: dict[KindName, RewardWeights] = {}
     lora: LoraConfig | None = None
+    #: who writes the answers: "torch", "vllm", or a table; see liubai/rollout/engines.py
+    engine: EngineConfig = EngineConfig()
     slots: int = Field(256, gt=0, description="answers written at once")
     inflight: bool = False
+    #: in flight: how many versions old the oldest token of an answer may be; older ones are written again
+    max_staleness: int | None = Field(None, ge=0)
     grader_timeout: float = Field(5.0, gt=0, description="seconds a verdict may take")
     #: control: without the blank
     blank: bool = True
@@ -80,6 +85,21 @@ class PolicyConfig(Brought, Trained):
 
     def families(self) -> Iterable[str]:
         return self.problems
+
+    def located(self, folder: Path) -> StageConfig:
+        return super().located(folder).model_copy(update={"engine": self.engine.located(folder)})
+
+    def require_model(self, stage: str, parents: Sequence[str]) -> None:
+        super().require_model(stage, parents)
+        self.engine.require(self.lora)
+
+    @model_serializer(mode="wrap")
+    def _resolved(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without keys that came later, where they are as usual: what was computed before has the same
+        fingerprint."""
+        whole: dict[str, Any] = handler(self)
+        usual = {"engine": self.engine == EngineConfig(), "max_staleness": self.max_staleness is None}
+        return {key: value for key, value in whole.items() if not usual.get(key)}
 
 
 class Policy:
@@ -96,8 +116,11 @@ class Policy:
         if config.lora:
             attach(model, config.lora, context.seed)
         self.template = template = template_for(tokenizer, parent, thinking=config.blank)
+        #: what writes answers: the model itself or, where ranks share it out, a copy that is whole on each
+        self.whole = whole = copy.deepcopy(model) if ranks.world() > 1 else model
         if config.compile:
-            model.compile_decoding()
+            whole.compile_decoding()
+        share_out(model)
         self.optimizer = Optimizer(
             model, lr=config.lr, max_norm=config.max_norm, betas=(0.9, 0.95), moments=config.moments()
         )
@@ -111,12 +134,34 @@ class Policy:
                 f"max_tokens {config.max_tokens} and prompts of {prompt} tokens do not fit the model's "
                 f"{model.config.max_position_embeddings} positions; lower max_tokens"
             )
-        # the trainer's own weights: one copy in memory, and nothing that could fail to arrive
-        self.engine = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=config.slots, max_length=longest)
-        # an engine of its own around the same weights: the rollouts in flight are not disturbed
-        self.evaluator = TorchEngine(model, eos_ids=tokenizer.eos_ids, slots=config.slots, max_length=longest)
-        self.tokens_per_microbatch = config.microbatch()
         self._stack = ExitStack()
+        # an engine elsewhere is asked by the first rank alone
+        self.engine = engine_for(
+            config.engine if ranks.is_main() else EngineConfig(),
+            whole,
+            parent=parent,
+            eos_ids=tokenizer.eos_ids,
+            slots=config.slots,
+            max_length=longest,
+            folder=context.folder / "weights",
+            lora=config.lora,
+            stack=self._stack,
+            cluster=context.cluster,
+            inflight=config.inflight,
+            max_staleness=config.max_staleness,
+        )
+        self.canary = canary_for(
+            config.engine,
+            self.engine,
+            whole,
+            [template.prompt_ids(p.prompt) for p in self.held_out],
+            temperature=config.temperature,
+            max_tokens=config.max_tokens,
+            seed=context.seed,
+        )
+        # an engine of its own around the same weights: the rollouts in flight are not disturbed
+        self.evaluator = TorchEngine(whole, eos_ids=tokenizer.eos_ids, slots=config.slots, max_length=longest)
+        self.tokens_per_microbatch = config.microbatch()
         self._kept: dict[str, tuple[Callable[[], Mapping[str, Tensor]], Callable[[Any], None]]] = {}
         self.keep("model", lambda: trained(model))
         self.keep("optimizer", self.optimizer.state_dict, self.optimizer.load_state_dict)
@@ -126,6 +171,7 @@ class Policy:
         if any(w.language for w in weights):
             require_known(source.languages())
         self._require_steps()
+        self._require_passages()
         self._scorers = scorers_of(context, weights, config.where())
         self._source = source
 
@@ -141,10 +187,21 @@ class Policy:
                     f"{', '.join(n for n, f in FAMILIES.items() if isinstance(f, Audited))}"
                 )
 
+    def _require_passages(self) -> None:
+        """Without a passage an answer is faithful to nothing: said now, and not in the first step."""
+        for problem in self.held_out:
+            weights = weights_for(problem, self.config.rewards, self.config.rewards_of)
+            if weights.faithful and passage_of(problem) is None:
+                asked = problem.family or problem.verifier
+                raise UserError(
+                    f"rewards.faithful = {weights.faithful}, and {asked} has no passages: {PASSAGES}"
+                )
+
     def __enter__(self) -> Self:
         config = self.config
-        self.pool = self._stack.enter_context(GraderPool(timeout_s=config.grader_timeout))
-        self.rollouts = Rollouts(
+        self.pool = self._stack.enter_context(self.context.graders(config.grader_timeout))
+        embedded = ranks.by_main(lambda: isinstance(self.engine, TorchEngine))
+        self.rollouts = kind_of(embedded)(
             self.engine,
             self.template,
             lambda index: self._source.train(self.context.seed, index),
@@ -156,12 +213,17 @@ class Policy:
             weights=config.rewards,
             weights_of=config.rewards_of,
             scorers=self._scorers,
-            ahead=max(1, config.slots // config.samples) if config.inflight else 0,
+            ahead=max(1, self._slots() // config.samples) if config.inflight else 0,
+            max_staleness=config.max_staleness,
         )
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+
+    def _slots(self) -> int:
+        """Answers that are written at once, wherever."""
+        return self.config.slots * getattr(self.engine, "actors", 1)
 
     def keep(
         self,
@@ -177,13 +239,13 @@ class Policy:
         """The steps that are left. A resume point is made after a step where one is due."""
         config, context = self.config, self.context
         first = 0
-        if state := context.restore():
+        if state := context.restore(self._held()):
             for name, (_, load_) in self._kept.items():
                 load_(under(f"{name}/", state.tensors))
             self.rollouts.restore(state.meta["rollouts"])
             first, self._tokens, self._skipped = state.step, state.meta["tokens"], state.meta["skipped"]
             self.tokens_per_microbatch = min(self.tokens_per_microbatch, state.meta["microbatch"])
-        self.evaluator.load(self.model.state_dict(), version=0)
+        self.evaluator.load(self.weights(), version=0)
         if first == 0:
             if self._source.note:
                 context.warn(self._source.note)
@@ -192,26 +254,38 @@ class Policy:
             yield step
             done = step + 1
             if done % config.save_every == 0 and done < config.steps:
-                tensors = {
-                    f"{name}/{k}": t for name, (made, _) in self._kept.items() for k, t in made().items()
-                }
                 meta = {
                     "tokens": self._tokens,
                     "skipped": self._skipped,
                     "microbatch": self.tokens_per_microbatch,  # halved sums are other sums
                     "rollouts": self.rollouts.state(),
                 }
-                context.save(done, tensors, meta)
+                context.save(done, self._held(), meta)
+
+    def _held(self) -> dict[str, Tensor]:
+        return {f"{name}/{k}": t for name, (made, _) in self._kept.items() for k, t in made().items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Those of now, in the memory of ``whole``."""
+        if self.whole is not self.model:
+            refresh(self.whole, self.model)
+        return self.whole.state_dict()
 
     def write(
         self, step: int, collect: Callable[[Rollouts], list[GradedGroup]] | None = None
     ) -> list[GradedGroup]:
         """The graded groups of a step, written under the weights of now, which are version ``step``."""
         self._started = time.perf_counter()
-        self.engine.load(self.model.state_dict(), version=step)
+        weights = self.weights()
+        ranks.agreed(lambda: self._load(weights, step))
         graded = collect(self.rollouts) if collect else self.rollouts.collect(self.config.groups)
         self._written = time.perf_counter()
         return graded
+
+    def _load(self, weights: Mapping[str, Tensor], step: int) -> None:
+        self.engine.load(weights, version=step)
+        if self.canary:
+            self.canary.look(step)
 
     def lr_scale(self, step: int) -> float:
         return lr_scale(self.config, step)
@@ -235,6 +309,10 @@ class Policy:
             "seconds/update": ended - self._written,
         }
         self.rollouts.seconds_grading = 0.0
+        if config.max_staleness is not None:
+            metrics["stale"] = self.rollouts.stale
+        if self.canary:
+            metrics["logprob_gap/canary"] = self.canary.gap
         done = step + 1
         if done % config.eval_every == 0 or done == config.steps:
             metrics |= self.look(done)
@@ -264,6 +342,7 @@ class Policy:
     def look(self, step: int) -> dict[str, float]:
         """Held-out accuracy, and the same few prompts answered again."""
         config = self.config
+        self.weights()
         result = evaluate(
             self.evaluator,
             self.template,

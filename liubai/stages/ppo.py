@@ -15,19 +15,21 @@ from dataclasses import replace
 import torch
 from pydantic import Field, field_validator
 
+from liubai import ranks
 from liubai.errors import Diverged
 from liubai.learn.critic import explained_variance, gae, value_loss, whiten_tokens
 from liubai.learn.losses import LossConfig, token_weights
 from liubai.learn.optim import Optimizer
 from liubai.learn.packing import Batch, Sequence1, micro_batches
 from liubai.learn.replicas import Replicas
+from liubai.learn.sharded import share_out
 from liubai.learn.update import Judged, UpdateConfig, improve
 from liubai.model.scorer import Scorer, scorer_from
 from liubai.model.transformer import Transformer
 from liubai.seeds import derive
 from liubai.stages.config import MAX_SKIPPED
 from liubai.stages.context import Context
-from liubai.stages.policy import TOLERANCE, Policy, PolicyConfig
+from liubai.stages.policy import Policy, PolicyConfig
 from liubai.stages.supervised import batches_within_memory
 from liubai.types import Group
 
@@ -83,7 +85,7 @@ def settings(config: Config, policy: Policy) -> UpdateConfig:
         max_tokens=config.max_tokens,
         temperature=config.temperature,
         tokens_per_microbatch=policy.tokens_per_microbatch,
-        tolerance=TOLERANCE[config.dtype()],
+        tolerance=config.engine.tolerance(config.dtype()),
     )
 
 
@@ -97,6 +99,7 @@ class Critic:
         self.scorer.checkpointing = config.checkpointing
         with torch.no_grad():
             self.scorer.score.weight.zero_()  # nothing is expected of anything, at first
+        share_out(self.scorer)
         self.optimizer = Optimizer(
             self.scorer,
             lr=config.critic_lr,
@@ -137,7 +140,8 @@ class Critic:
                     {name: [0.0] * blank + row for name, row in values.items()},
                 )
             )
-        batches = micro_batches(sequences, self.pad_id, self.policy.tokens_per_microbatch)
+        tokens = ranks.portion(sum(len(s.ids) for s in sequences), self.policy.tokens_per_microbatch)
+        batches = micro_batches(sequences, self.pad_id, tokens)
         batches, self.halvings = batches_within_memory(Replicas(self.scorer), self._expect, batches)
         flat_N = torch.cat([b.values["advantages"][b.mask_BT] for b in batches])
         white_N = whiten_tokens(flat_N[None], torch.ones(1, len(flat_N), dtype=torch.bool))[0]

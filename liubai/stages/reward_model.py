@@ -14,10 +14,12 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from liubai import ranks
 from liubai.files import write_json
 from liubai.learn.optim import Optimizer, cosine
 from liubai.learn.packing import Batch, Sequence1
 from liubai.learn.preference import bradley_terry, pointwise
+from liubai.learn.sharded import share_out
 from liubai.model.checkpoint import load
 from liubai.model.scorer import Scorer, save_scorer, scorer_from
 from liubai.model.transformer import Transformer
@@ -46,7 +48,7 @@ def run(config: Config, context: Context) -> None:
     parent = context.parent_checkpoint(config.model)
     model, tokenizer = load(parent, dtype=config.dtype(), device=config.where())
     template = template_for(tokenizer, parent)
-    scorer = scorer_from(model, derive(context.seed, "score"))
+    scorer = share_out(scorer_from(model, derive(context.seed, "score")))
     scorer.checkpointing = config.checkpointing
     learned, measured = pairs_of(
         config.pairs, context, lambda e: len(without_thought(template, e.prompt, e.response).ids)
@@ -77,9 +79,9 @@ def run(config: Config, context: Context) -> None:
     folder = context.folder / REWARD_MODEL
     save_scorer(folder, scorer, tokenizer, template.source)
     scores_N = last_scores(scorer, answers, tokenizer.pad_id)
-    write_json(
-        folder / CALIBRATION, {"mean": float(scores_N.mean()), "spread": max(1e-6, float(scores_N.std()))}
-    )
+    if ranks.is_main():
+        spread = max(1e-6, float(scores_N.std()))
+        write_json(folder / CALIBRATION, {"mean": float(scores_N.mean()), "spread": spread})
 
 
 def both(pairs: Sequence[Pair]) -> list[Example]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
+from liubai import ranks
 from liubai.learn.advantages import Advantage
 from liubai.learn.losses import LossConfig
 from liubai.learn.presets import expand
@@ -20,7 +21,7 @@ from liubai.model.checkpoint import load
 from liubai.model.lora import merged
 from liubai.seeds import stream
 from liubai.stages.context import Context
-from liubai.stages.policy import TOLERANCE, Policy, PolicyConfig
+from liubai.stages.policy import Policy, PolicyConfig
 from liubai.stages.rl_metrics import shuffle_rewards, varies
 from liubai.stages.rollouts import GradedGroup, Rollouts
 
@@ -54,7 +55,7 @@ def run(config: Config, context: Context) -> None:
             if config.shuffle_rewards:
                 groups = shuffle_rewards(groups, stream(context.seed, "shuffle", step))
             if reference and step % config.reference_every == 0:
-                reference.load_state_dict(merged(policy.model))
+                reference.load_state_dict({n: ranks.whole(t) for n, t in merged(policy.model).items()})
             learned = update(
                 policy.model,
                 policy.optimizer,
@@ -77,7 +78,7 @@ def settings(config: Config, policy: Policy) -> UpdateConfig:
         max_tokens=config.max_tokens,
         temperature=config.temperature,
         tokens_per_microbatch=policy.tokens_per_microbatch,
-        tolerance=TOLERANCE[config.dtype()],
+        tolerance=config.engine.tolerance(config.dtype()),
     )
 
 

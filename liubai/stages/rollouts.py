@@ -10,8 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+from liubai.errors import UserError
 from liubai.grade import GradeItem, GraderPool, RewardWeights, Verdict, grade, is_bounded, reward
 from liubai.grade.language import consistency
 from liubai.measure.reflection import thought_span
@@ -27,7 +29,7 @@ Scorer = Callable[[Sequence[tuple[Problem, str]]], list[float]]
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A finished sample with its text and verdict, and what else was found about it (``language``,
-    ``preference``, ``process``; where it is rewarded)."""
+    ``preference``, ``process``, ``faithful``; where it is rewarded)."""
 
     sample: Sample
     response: str
@@ -67,13 +69,18 @@ class Rollouts:
         weights_of: Mapping[str, RewardWeights] | None = None,
         scorers: Mapping[str, Scorer] | None = None,
         ahead: int = 0,
+        max_staleness: int | None = None,
     ) -> None:
         self.engine, self.template, self.problem_at, self.pool = engine, template, problem_at, pool
         self.samples, self.max_tokens = samples, max_tokens
         self.temperature, self.seed, self.weights = temperature, seed, weights
         self.weights_of, self.scorers = weights_of or {}, scorers or {}
         self.ahead = ahead  #: in-flight mode: groups begun beyond those that a step takes
+        #: versions that the oldest token of an answer may be behind; older ones are dropped and written again
+        self.max_staleness = max_staleness
+        self._dropped = 0
         self.next_index = 0
+        self._missing: list[int] = []  # several ranks: not begun, though later ones were
         self._open: dict[int, dict[int, Sample]] = {}  # begun and not yet taken: finished samples
         self._ended: list[int] = []  # those of the open groups whose answers have all ended, in order
         self._answers: dict[tuple[int, int], Answer] = {}
@@ -83,6 +90,7 @@ class Rollouts:
     def collect(self, groups: int) -> list[GradedGroup]:
         """The groups whose last answer ended first. That order is the tokens', not the graders'
         clock: a resumed run takes the same ones."""
+        self._drop_stale()
         self._top_up(groups)
         while len(self._ended) < groups:
             for request, sample in self.engine.step():
@@ -100,8 +108,7 @@ class Rollouts:
 
     def _top_up(self, groups: int) -> None:
         while len(self._open) < groups + self.ahead:
-            index = self.next_index
-            self.next_index += 1
+            index = self._next()
             prompt = tuple(self.template.prompt_ids(self.problem_at(index).prompt))
             self._open[index] = {}
             self.engine.submit(
@@ -115,7 +122,41 @@ class Rollouts:
                 for j in range(self.samples)
             )
 
+    def _next(self) -> int:
+        """The number of the next problem."""
+        if self._missing:
+            return self._missing.pop(0)
+        self.next_index += 1
+        return self.next_index - 1
+
+    @property
+    def stale(self) -> int:
+        """Answers that were dropped so far because they were too old, here or by the engine."""
+        return self._dropped + getattr(self.engine, "stale", 0)
+
+    def _is_stale(self, sample: Sample) -> bool:
+        bound = self.max_staleness
+        return bound is not None and self.engine.version - sample.version > bound
+
+    def _drop_stale(self) -> None:
+        """Answers that waited for the rest of their group, or for their turn, until they were too old."""
+        for index, done in self._open.items():
+            if old := [j for j, sample in done.items() if self._is_stale(sample)]:
+                self._dropped += len(old)
+                if index in self._ended:
+                    self._ended.remove(index)
+                for j in old:
+                    del done[j]
+                    self._answers.pop((index, j), None)
+                gone = {(index, j) for j in old}
+                self._tickets = {ticket: at for ticket, at in self._tickets.items() if at not in gone}
+                self.engine.submit([self._request(index * self.samples + j) for j in old])
+
     def _take(self, request: Request, sample: Sample) -> None:
+        if self._is_stale(sample):
+            self._dropped += 1
+            self.engine.submit([request])
+            return
         index, j = divmod(request.id, self.samples)
         self._open[index][j] = sample
         if len(self._open[index]) == self.samples:
@@ -137,7 +178,8 @@ class Rollouts:
         if not self._tickets:
             return
         for ticket, verdict in self.pool.poll().items():
-            self._answer(*self._tickets.pop(ticket), verdict)
+            if ticket in self._tickets:  # and not on an answer that was dropped meanwhile
+                self._answer(*self._tickets.pop(ticket), verdict)
 
     def _answer(self, index: int, j: int, verdict: Verdict) -> None:
         sample = self._open[index][j]
@@ -147,17 +189,17 @@ class Rollouts:
         self._answers[index, j] = Answer(sample, response, verdict)
 
     def _weights(self, problem: Problem) -> RewardWeights:
-        """The family's, or the verifier's, or those of all."""
-        for kind in (problem.family, problem.verifier):
-            if kind in self.weights_of:
-                return self.weights_of[kind]
-        return self.weights
+        return weights_for(problem, self.weights, self.weights_of)
 
     def _judge(self, taken: Sequence[int]) -> None:
-        """What the models that judge say of the answers of some groups, all at once, and in which language
-        they are; only where it counts."""
+        """What the models that judge say of the answers of some groups, all at once, in which language they
+        are, and whether their passages support them; only where it counts."""
         problems = {index: self.problem_at(index) for index in taken}
-        for name in ("language", "preference", "process"):
+        by_rule: dict[str, Scorer] = {
+            "language": spoken,
+            "faithful": partial(supported, prefilled=self.template.prefilled),
+        }
+        for name in ("language", "preference", "process", "faithful"):
             asked = [
                 (index, j)
                 for index in taken
@@ -166,7 +208,7 @@ class Rollouts:
             ]
             if not asked:
                 continue
-            scorer = spoken if name == "language" else self.scorers[name]
+            scorer = by_rule.get(name) or self.scorers[name]
             scores = scorer([(problems[i], self._answers[i, j].response) for i, j in asked])
             for key, score in zip(asked, scores, strict=True):
                 answer = self._answers[key]
@@ -200,10 +242,12 @@ class Rollouts:
                 [p.request.id, p.completion_ids, p.logprobs, [[v.version, v.count] for v in p.versions]]
                 for p in self.engine.partials()
             ],
+            **({"missing": self._missing} if self._missing else {}),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.next_index = state["next_index"]
+        self._missing = list(state.get("missing", ()))
         for index, done in state["open"].items():
             self._open[int(index)] = {}
             for j, raw in done.items():
@@ -232,6 +276,48 @@ class Rollouts:
 def spoken(answers: Sequence[tuple[Problem, str]]) -> list[float]:
     """The share of each thought's words that are of its question's language; 0 of none."""
     return [consistency(thought(response), problem.language) for problem, response in answers]
+
+
+def supported(answers: Sequence[tuple[Problem, str]], prefilled: str = "") -> list[float]:
+    """How far the problem's passage supports each answer, from 0 to 1 (:mod:`liubai.grade.faithful`); 0 of no
+    answer. Raises ``UserError`` for a problem without a passage, or with one that cannot be judged by."""
+    found = []
+    for problem, response in answers:
+        passage = passage_of(problem)
+        if passage is None:
+            raise UserError(
+                f"nobody can say what an answer to '{problem.prompt[:60]}' is faithful to: {PASSAGES}"
+            )
+        verdict = grade(GradeItem("faithful", passage, response, {**problem.meta, "prefilled": prefilled}))
+        if verdict.error is not None:
+            raise UserError(f"rewards.faithful: {verdict.error}, at '{problem.prompt[:60]}'")
+        found.append(verdict.parts["correct"])
+    return found
+
+
+#: where a faithfulness reward finds what to go by
+PASSAGES = (
+    "rewards.faithful is for the family passage, for the verifier faithful, and for questions whose column "
+    "'passage' is among their meta columns"
+)
+
+
+def passage_of(problem: Problem) -> str | None:
+    """The text that an answer has to go by, if there is one: the wide world's passages are their prompts."""
+    if problem.family == "passage":
+        return problem.prompt
+    given = problem.gold if problem.verifier == "faithful" else problem.meta.get("passage")
+    return given if isinstance(given, str) and given.strip() else None
+
+
+def weights_for(
+    problem: Problem, weights: RewardWeights, weights_of: Mapping[str, RewardWeights]
+) -> RewardWeights:
+    """The family's, or the verifier's, or those of all."""
+    for kind in (problem.family, problem.verifier):
+        if kind in weights_of:
+            return weights_of[kind]
+    return weights
 
 
 def thought(response: str) -> str:

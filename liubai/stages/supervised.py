@@ -15,12 +15,14 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from liubai import ranks
 from liubai.errors import Diverged, UserError, is_out_of_memory
 from liubai.learn.logprobs import batch_logprobs
 from liubai.learn.memory import Lot, map_within_memory
 from liubai.learn.optim import Optimizer
 from liubai.learn.packing import Batch, Sequence1, stacked
 from liubai.learn.replicas import Replicas
+from liubai.learn.sharded import settle, tokens_of
 from liubai.model.lora import trained
 from liubai.model.transformer import Transformer
 from liubai.seeds import stream
@@ -65,8 +67,15 @@ def train(
     after every step. Raises ``Diverged`` after
     ``MAX_SKIPPED`` steps in a row without a finite gradient, ``UserError`` when one example alone does not
     fit the memory."""
+
+    def held() -> dict[str, torch.Tensor]:
+        settle(model)
+        return {f"model/{n}": t for n, t in trained(model).items()} | {
+            f"optimizer/{n}": t for n, t in optimizer.state_dict().items()
+        }
+
     seen, first, skipped = 0, 0, 0
-    if state := context.restore():
+    if state := context.restore(held()):
         saved = under("model/", state.tensors)
         for name, tensor in trained(model).items():
             tensor.copy_(saved[name])
@@ -109,12 +118,7 @@ def train(
         due = (step + 1) % save_every == 0 or step + 1 == steps
         context.log(step + 1, steps, metrics | (dict(look()) if due else {}))
         if (step + 1) % save_every == 0 and step + 1 < steps:
-            context.save(
-                step + 1,
-                {f"model/{n}": t for n, t in trained(model).items()}
-                | {f"optimizer/{n}": t for n, t in optimizer.state_dict().items()},
-                {"tokens": seen, "skipped": skipped, "microbatch": tokens},
-            )
+            context.save(step + 1, held(), {"tokens": seen, "skipped": skipped, "microbatch": tokens})
     optimizer.widen_parameters()
 
 
@@ -124,7 +128,7 @@ def _within_memory(
     """What there is to log of the step's items, whose gradients are the model's then, and the size of the
     micro-batches that they fit the memory with. Raises ``UserError`` when one example alone does not."""
     while True:
-        items = lesson.items(step, tokens)
+        items = _items(lesson, step, tokens)
         try:
             return replicas.map(lesson.learn, items), tokens
         except RuntimeError as error:
@@ -134,21 +138,28 @@ def _within_memory(
         optimizer.zero_grad()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if len(lesson.items(step, 1)) == len(items):
+        if len(_items(lesson, step, 1)) == len(items):
             raise UserError(
                 "not even one example alone fits the memory; set checkpointing = true or "
                 'optimizer_state = "bfloat16", or leave the longest out'
             )
         tokens //= 2
-        while len(lesson.items(step, tokens)) == len(items):  # cut as before: no attempt is wasted on it
+        while len(_items(lesson, step, tokens)) == len(items):  # cut as before: no attempt is wasted on it
             tokens //= 2
+
+
+def _items(lesson: Lesson[Item], step: int, tokens: int) -> list[Item]:
+    """The step's items, as many as the ranks have work with."""
+    items = lesson.items(step, tokens)
+    fit = ranks.portion(sum(map(tokens_of, items)), tokens)
+    return items if fit == tokens else lesson.items(step, fit)
 
 
 def batches_within_memory(
     replicas: Replicas,
     work: Callable[[Transformer, Sequence[Batch]], list[Result]],
     batches: Sequence[Batch],
-    undo: Callable[[], None] = lambda: None,
+    undo: Callable[[], None] | None = None,
 ) -> tuple[list[Result], int]:
     """``replicas.map(work, batches)``, where ``work`` gives a result a batch. When memory runs out, there are
     more batches, and more results, whose rows are in the same order; see :func:`map_within_memory`."""

@@ -43,6 +43,9 @@ class View(Protocol):
 
     def warn(self, message: str) -> None: ...
 
+    def status(self, line: str) -> None:
+        """What other processes are doing at the moment; said about once a second."""
+
 
 @dataclass
 class Progress:
@@ -97,6 +100,7 @@ class PlainView:
         self._progress: Progress | None = None
         self._printed_at = -math.inf
         self._unprinted = False
+        self._status_at = -math.inf
 
     def __enter__(self) -> Self:
         return self
@@ -127,6 +131,11 @@ class PlainView:
     def warn(self, message: str) -> None:
         self._print(f"note: {message}")
 
+    def status(self, line: str) -> None:
+        if (now := self._clock()) - self._status_at >= 3 * self._every:
+            self._print(f"  {line}")
+            self._status_at = now
+
     def _flush(self) -> None:
         if self._progress is None or not self._unprinted:
             return
@@ -147,6 +156,7 @@ class LiveView:
         self._console, self._clock = console, clock
         self._stages: dict[str, Progress] = {}
         self._notes: list[str] = []
+        self._status = ""
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -170,11 +180,15 @@ class LiveView:
         progress.update(step, total, metrics, now)
 
     def finish(self, stage: str, reused: bool) -> None:
+        self._status = ""
         if stage in self._stages:
             self._stages[stage].ended, self._stages[stage].reused = self._clock(), reused
 
     def warn(self, message: str) -> None:
         self._notes.append(message)
+
+    def status(self, line: str) -> None:
+        self._status = line
 
     def picture(self) -> Group:
         """The whole picture as a rich renderable."""
@@ -203,6 +217,8 @@ class LiveView:
                 for name, values in list(p.drawn.items())
                 if len(values) > 1
             ]
+        if self._status:
+            lines.append(Text(f"  {self._status}", style="dim"))
         lines += [Text(f"! {note}", style="yellow") for note in self._notes[-5:]]
         return Group(*lines)
 

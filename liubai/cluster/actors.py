@@ -1,0 +1,307 @@
+"""The crew on Ray: a rollout actor is a process with an engine of its own.
+
+Messages between our own processes are Ray's, which are pickled; nothing is read from a file that way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from liubai import __version__
+from liubai.cluster.crew import Lost, Report, Written, written
+from liubai.errors import UserError
+from liubai.model.config import ModelConfig
+from liubai.model.lora import LoraConfig, attach
+from liubai.model.transformer import Transformer
+from liubai.rollout.engine import Engine, Partial
+from liubai.rollout.engines import EngineConfig, engine_for
+
+if TYPE_CHECKING:
+    from liubai.cluster.placement import Places
+
+#: Answers that end within so many seconds of each other come home together.
+HOLD = 0.05
+#: Seconds after which an actor says that it lives, whatever it has to report.
+HEARTBEAT = 5.0
+
+#: Makes the engine of an actor, there.
+Build = Callable[[], Engine]
+#: Tensors as Ray shares them without a copy: (dtype, shape, bytes as a numpy array).
+Packed = dict[str, tuple[str, tuple[int, ...], Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineBuild:
+    """A :data:`Build` of an engine as a stage wants it (:mod:`liubai.rollout.engines`); the weights come by
+    ``load``. ``device`` is the actor's; ``parent`` is only looked at for another engine than ours, and must
+    then be there on every node."""
+
+    config: EngineConfig
+    model: ModelConfig
+    dtype: torch.dtype
+    device: str
+    parent: Path
+    eos_ids: tuple[int, ...]
+    slots: int
+    max_length: int
+    lora: LoraConfig | None = None
+    compile: bool = False
+
+    def __call__(self) -> Engine:
+        with torch.device("meta"):  # shapes alone
+            model = Transformer(self.model).to(self.dtype).eval()
+        if self.config.kind == "torch":
+            model = model.to_empty(device=self.device)
+            if self.lora:
+                attach(model, self.lora, 0)
+            if self.compile:
+                model.compile_decoding()
+        # of this process, and gone with it
+        stack = ExitStack()
+        folder = tempfile.mkdtemp(prefix="liubai-weights-") if self.config.kind != "torch" else "."
+        return engine_for(
+            self.config,
+            model,
+            parent=self.parent,
+            eos_ids=self.eos_ids,
+            slots=self.slots,
+            max_length=self.max_length,
+            folder=Path(folder),
+            lora=self.lora,
+            stack=stack,
+        )
+
+
+def packed(weights: Mapping[str, Tensor]) -> Packed:
+    """Raw bytes, for numpy does not know every type; tied weights stay one array."""
+    flat: dict[tuple[int, torch.dtype, torch.Size], Any] = {}
+    out: Packed = {}
+    for name, tensor in weights.items():
+        key = tensor.data_ptr(), tensor.dtype, tensor.shape
+        if key not in flat:
+            flat[key] = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        out[name] = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat[key]
+    return out
+
+
+def unpacked(weights: Packed) -> dict[str, Tensor]:
+    """Views of what was packed: not to be written to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # … which PyTorch says, too
+        return {
+            name: torch.from_numpy(data).view(getattr(torch, dtype)).reshape(shape)
+            for name, (dtype, shape, data) in weights.items()
+        }
+
+
+class Home(NamedTuple):
+    """A node of Ray's, and a process there."""
+
+    node: str
+    pid: int
+
+
+class RolloutActor:
+    """One engine and one loop: it is stepped while there is something to write, and between two steps
+    messages are read. They may overtake each other: who asks for answers says how new the weights must be,
+    and who withdraws them, of which lot."""
+
+    engine: Engine
+
+    def __init__(self) -> None:
+        self._lots: dict[int, int] = {}  # of the requests that are pending
+        self._ended: list[Written] = []
+        self._begun_again = 0
+        self._trouble: Exception | None = None
+        self._opened, self._newer = asyncio.Event(), asyncio.Condition()
+        # between a step and the next, somebody may wait for …
+        self._work, self._news, self._idle = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def open(self, build: Build, threads: int, release: str) -> Home:
+        """Where it is. Raises ``UserError`` where the engine cannot be made, or the node has another
+        release."""
+        import ray
+
+        if release != (ours := releases()):
+            raise UserError(
+                f"the nodes of a cluster must have the same releases: here {release}, there {ours}"
+            )
+        torch.set_num_threads(threads)
+        self.engine = build()
+        self._opened.set()
+        self._task = asyncio.create_task(self._step())
+        return Home(ray.get_runtime_context().get_node_id(), os.getpid())
+
+    async def load(self, weights: Packed, version: int, oldest: int | None) -> None:
+        await self._opened.wait()
+        with self._noting():
+            if version <= self.engine.version:
+                return  # overtaken
+            if oldest is not None:
+                partials = self.engine.partials()
+                old = [p for p in partials if any(span.version < oldest for span in p.versions)]
+                self.engine.cancel(p.request.id for p in old)
+                self.engine.submit(p.request for p in old)
+                self._begun_again += len(old)
+            self.engine.load(unpacked(weights), version)
+            async with self._newer:
+                self._newer.notify_all()
+
+    async def write(self, lot: int, asked: Sequence[Partial], version: int) -> None:
+        await self._opened.wait()
+        with self._noting():
+            async with self._newer:
+                await self._newer.wait_for(lambda: self.engine.version >= version)
+            ids = [partial.request.id for partial in asked]
+            self.engine.cancel(id for id in ids if id in self._lots)
+            if not self.engine.pending:
+                self.engine.abort()  # which slot comes next must not depend on what was written before
+            self.engine.resume(asked)
+            self._lots |= dict.fromkeys(ids, lot)
+            self._idle.clear()
+            self._work.set()
+
+    async def cancel(self, lot: int, ids: Sequence[int]) -> None:
+        await self._opened.wait()
+        mine = [id for id in ids if self._lots.get(id) == lot]
+        self.engine.cancel(mine)
+        for id in mine:
+            del self._lots[id]
+
+    async def hear(self, place: int) -> Report:
+        """What has ended since the last time, as soon as there is something; raises what went wrong."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), HEARTBEAT)
+        if self._ended and self.engine.pending:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), HOLD)
+        if self._trouble is not None:
+            raise self._trouble
+        report = Report(place, tuple(self._ended), self._begun_again)
+        self._ended, self._begun_again = [], 0
+        self._news.clear()
+        return report
+
+    async def _step(self) -> None:
+        with self._noting():
+            while True:
+                while not self.engine.pending:
+                    self._idle.set()
+                    self._work.clear()
+                    await self._work.wait()
+                for request, sample in self.engine.step():
+                    self._ended.append(written(self._lots.pop(request.id), request.id, sample))
+                if self._ended:
+                    self._news.set()
+                await asyncio.sleep(0)
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Nobody waits for a message's end: what goes wrong is said when news are asked for."""
+        try:
+            yield
+        except Exception as error:
+            self._trouble = self._trouble or error
+            self._news.set()
+
+
+def releases() -> str:
+    return f"liubai {__version__} with torch {torch.__version__}"
+
+
+class RayCrew:
+    """See :class:`liubai.cluster.crew.Crew`. ``places`` say where on the cluster each actor may be."""
+
+    def __init__(self, build: Build, places: Places, threads: int) -> None:
+        self.size, self._build, self._places, self._threads = places.size, build, places, threads
+        self.homes: dict[int, Home] = {}  #: of the actors that are there
+        self._actors: dict[int, Any] = {}
+        self._awaited: dict[Any, int] = {}  # that an actor is open, or its news -> its place
+
+    def start(self, place: int) -> None:
+        import ray
+
+        self._end(place)
+        kind: Any = ray.remote(RolloutActor)
+        actor = kind.options(**self._places.options(place), max_restarts=0).remote()
+        self._actors[place] = actor
+        self._awaited[actor.open.remote(self._build, self._threads, releases())] = place
+
+    def share(self, weights: Mapping[str, Tensor]) -> object:
+        import ray
+
+        return ray.put(packed(weights))
+
+    def load(self, place: int, weights: object, version: int, oldest: int | None) -> None:
+        self._actors[place].load.remote(weights, version, oldest)
+
+    def write(self, place: int, lot: int, asked: Sequence[Partial], version: int) -> None:
+        self._actors[place].write.remote(lot, asked, version)
+
+    def cancel(self, place: int, lot: int, ids: Sequence[int]) -> None:
+        self._actors[place].cancel.remote(lot, ids)
+
+    def hear(self, seconds: float) -> list[Report | Lost]:
+        import ray
+
+        refs = list(self._awaited)
+        if not refs:  # all are down
+            time.sleep(seconds)
+            return []
+        ready, _ = ray.wait(refs, num_returns=1, timeout=seconds)
+        if ready:  # and whatever else is there by now
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        return [self._news(ref) for ref in ready]
+
+    def _news(self, ref: Any) -> Report | Lost:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        place = self._awaited.pop(ref)
+        try:
+            news = ray.get(ref)
+        except RayActorError as error:
+            self.homes.pop(place, None)
+            return Lost(place, why_lost(error))
+        except RayTaskError as error:
+            raise error.cause from error
+        self._awaited[self._actors[place].hear.remote(place)] = place
+        if isinstance(news, Home):
+            self.homes[place] = news
+            return Report(place)
+        report: Report = news
+        return report
+
+    def _end(self, place: int) -> None:
+        import ray
+
+        if (actor := self._actors.pop(place, None)) is not None:
+            ray.kill(actor)
+        self._awaited = {ref: p for ref, p in self._awaited.items() if p != place}
+
+    def close(self) -> None:
+        for place in list(self._actors):
+            self._end(place)
+        self._places.give_back()
+
+
+def why_lost(error: Exception) -> str:
+    """The telling part of Ray's message, which is a page."""
+    text = " ".join(str(error).split())
+    for pattern in (r"because (its [^.]+)", r"exit detail: ([^.]+)", r"^([^.]+)"):
+        if found := re.search(pattern, text):
+            return found[1].strip()[:200]
+    return type(error).__name__

@@ -1,0 +1,212 @@
+"""A cluster for the time of a run, on Ray::
+
+    with Cluster("auto", view) as cluster:
+        recipe.run(plan, folder, view, cluster=cluster)     # context.cluster, to the stages
+
+``auto`` is a cluster of this machine alone, started here and ended here, or the one that RAY_ADDRESS names.
+Another one that happens to be running is never joined.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from liubai.cluster.engine import RemoteEngine
+from liubai.errors import UserError
+from liubai.grade import GraderPool
+
+if TYPE_CHECKING:
+    from liubai.cluster.actors import Build
+    from liubai.model.lora import LoraConfig
+    from liubai.model.transformer import Transformer
+    from liubai.rollout.engines import EngineConfig
+    from liubai.stages.view import View
+
+#: Grader actors at most, where there are more nodes: each has processes of its own.
+GRADERS = 8
+
+
+class Cluster:
+    """See the module. ``actors`` write answers: as many as there is room for, unless told otherwise.
+
+    Raises ``UserError`` on entry when Ray is not installed or nothing answers at the address."""
+
+    def __init__(self, address: str, view: View, actors: int | None = None) -> None:
+        self.address, self.view, self.actors = address, view, actors
+        self._engine: RemoteEngine | None = None
+
+    def __enter__(self) -> Self:
+        from liubai.cluster.placement import free
+
+        connect(self.address)
+        # asked once: what an engine has given back is not free at once, and the number of actors decides bits
+        self._room = free()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        import ray
+
+        self._let_go()
+        ray.shutdown()  # type: ignore[no-untyped-call]
+
+    def engine_for(
+        self,
+        config: EngineConfig,
+        model: Transformer,
+        *,
+        parent: Path,
+        eos_ids: Sequence[int],
+        slots: int,
+        max_length: int,
+        lora: LoraConfig | None = None,
+        inflight: bool = False,
+        max_staleness: int | None = None,
+    ) -> RemoteEngine:
+        """Actors that have what :func:`liubai.rollout.engines.engine_for` would make here; on GPUs if the
+        trainer's ``model`` is."""
+        from liubai.cluster.actors import EngineBuild
+
+        weight = model.head_weight
+        build = EngineBuild(
+            config=config,
+            model=model.config,
+            dtype=weight.dtype,
+            device=weight.device.type,
+            parent=parent.absolute(),
+            eos_ids=tuple(eos_ids),
+            slots=slots,
+            max_length=max_length,
+            lora=lora,
+            compile=model.fewest_rows > 1,  # torch.compile is in use
+        )
+        gpus = config.tensor_parallel if weight.device.type == "cuda" else 0
+        return self.engine(
+            build,
+            slots=slots,
+            max_length=max_length,
+            gpus=gpus,
+            inflight=inflight,
+            max_staleness=max_staleness,
+        )
+
+    def engine(
+        self,
+        build: Build,
+        *,
+        slots: int,
+        max_length: int,
+        gpus: int = 0,
+        inflight: bool = False,
+        max_staleness: int | None = None,
+    ) -> RemoteEngine:
+        """Actors that each have an engine made by ``build`` and so many ``gpus``. There is one such engine
+        at a time: the one before is closed."""
+        import torch
+
+        from liubai.cluster.actors import RayCrew
+        from liubai.cluster.placement import Places, Share, how_many
+
+        self._let_go()
+        threads = torch.get_num_threads()
+        share = Share(1.0, gpus) if gpus else Share(threads)
+        places = Places(how_many(self.actors, share, self._room), share, "SPREAD", "rollout actors")
+        self._engine = RemoteEngine(
+            RayCrew(build, places, threads),
+            slots=slots,
+            max_length=max_length,
+            exact=not inflight,
+            max_staleness=max_staleness,
+            warn=self.view.warn,
+            status=self.view.status,
+        )
+        return self._engine
+
+    def graders(self, timeout_s: float) -> GraderPool:
+        """One grader a node. To be closed by whoever asked for it."""
+        from liubai.cluster.graders import RayGrader, RemoteGraders
+        from liubai.cluster.placement import GRADER_MEMORY, Places, Share, nodes
+
+        places = Places(min(GRADERS, nodes()), Share(memory=GRADER_MEMORY), "SPREAD", "graders")
+        return RemoteGraders(
+            lambda place: RayGrader(timeout_s, places, place), places.size, timeout_s, places.give_back
+        )
+
+    def _let_go(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+
+def connect(address: str, beside: int = 0) -> None:
+    """Join the cluster at ``address``; see the module for ``auto``. A cluster of this machine alone gives its
+    cores to those who write, and counts ``beside`` more: who learns waits for them, and they for it. Raises
+    ``UserError``."""
+    # before the import, which reads them
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "")
+    if not address:  # nothing of it listens but on the loopback
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(f"--cluster needs Ray ({error}); pip install 'liubai[ray]'") from error
+    _hush(ray)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if not address:
+        with _gpus_of_others():
+            ray.init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)) + beside,
+                include_dashboard=False,
+                **quiet,
+            )
+        return
+    if ":" not in address or "://" in address:
+        raise UserError(
+            f"--cluster '{address}': auto, or HOST:PORT as `ray start --head` printed it, given on a machine "
+            "of that cluster"
+        )
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise UserError(
+            f"no Ray cluster answers at '{address}' ({_first_line(error)}); is it running, and is this "
+            "machine one of it?"
+        ) from error
+
+
+def _hush(ray: Any) -> None:
+    """Ray writes a page to the terminal for every process that dies, whatever it was told; the engine says it
+    in a line."""
+    if hasattr(ray._private.worker, "print_to_stdstream"):
+        ray._private.worker.print_to_stdstream = lambda *_, **__: None
+
+
+@contextmanager
+def _gpus_of_others() -> Iterator[None]:
+    """Of several GPUs the first is this process's own, which trains: Ray is not to hear of it."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = before.split(",") if before is not None else [str(i) for i in range(_gpus())]
+    if len(seen) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(seen[1:])
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+        elif len(seen) > 1:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def _gpus() -> int:
+    """Without waking them up."""
+    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,128 @@
+"""Verdicts from other nodes: a ``GraderPool`` whose workers are actors on Ray, each with a pool of killable
+processes of its own.
+
+A checker that hangs or crashes is that pool's business. Here an actor may be lost with its node: its batch
+goes to a new one, and a verdict counts once whatever comes twice. What the user's checker reads must be found
+under the same path on every node.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from liubai.grade.judge import GradeItem, Verdict, error_verdict
+from liubai.grade.pool import GraderPool
+
+if TYPE_CHECKING:
+    from liubai.cluster.placement import Places
+
+#: Actors that may be lost over the same answers before these count as errors.
+LOSSES = 5
+#: Seconds between two looks at whether the pool was closed meanwhile.
+LOOK = 0.2
+
+
+class GraderLost(Exception):
+    """The actor is gone, and with it what it had not answered."""
+
+
+class Grader(Protocol):
+    """An actor as the pool sees it."""
+
+    def grade(self, items: Sequence[GradeItem], closed: Callable[[], bool]) -> list[Verdict]:
+        """A verdict each. Raises :class:`GraderLost`, also once ``closed`` says so."""
+
+    def end(self) -> None: ...
+
+
+class RemoteGraders(GraderPool):
+    """See :class:`liubai.grade.pool.GraderPool`. ``hire`` starts the actor of a place, whoever was there
+    before; ``lost`` counts those that went."""
+
+    def __init__(
+        self,
+        hire: Callable[[int], Grader],
+        actors: int,
+        timeout_s: float,
+        done: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(workers=actors, timeout_s=timeout_s)
+        self.lost = 0
+        self._hire, self._done = hire, done
+        self._places = itertools.count()
+
+    def close(self) -> None:
+        super().close()
+        done, self._done = self._done, None
+        if done:
+            done()
+
+    def _serve(self) -> None:
+        """Keep the actor of one place alive and feed it batches until the pool is closed."""
+        place, grader, losses = next(self._places), None, 0
+        batch: deque[tuple[int, GradeItem]] = deque()
+        while batch := batch or self._take():
+            try:
+                grader = grader or self._hire(place)
+                verdicts = grader.grade([item for _, item in batch], lambda: self._closed)
+            except GraderLost as lost:
+                grader, losses = None, losses + 1
+                if self._closed:
+                    break
+                self.lost += 1
+                if losses <= LOSSES:
+                    continue
+                verdicts = [error_verdict(item, f"{losses} graders were lost: {lost}") for _, item in batch]
+            except Exception as error:  # a thread that ended here would leave the pool waiting for ever
+                verdicts = [error_verdict(item, f"no grader could say: {error}") for _, item in batch]
+            for (ticket, _), verdict in zip(batch, verdicts, strict=True):
+                self._finish(ticket, verdict)
+            batch.clear()
+            losses = 0
+        if grader is not None:
+            grader.end()
+
+
+class GraderActor:
+    """On Ray: a pool of killable processes, and nothing else."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.pool = GraderPool(timeout_s=timeout_s)
+
+    def grade(self, items: Sequence[GradeItem]) -> list[Verdict]:
+        return self.pool.gather(self.pool.submit(items))
+
+
+class RayGrader:
+    """See :class:`Grader`."""
+
+    def __init__(self, timeout_s: float, places: Places, place: int) -> None:
+        import ray
+
+        kind = ray.remote(GraderActor)
+        self._actor: Any = kind.options(**places.options(place), max_restarts=0).remote(timeout_s)
+
+    def grade(self, items: Sequence[GradeItem], closed: Callable[[], bool]) -> list[Verdict]:
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        ref = self._actor.grade.remote(items)
+        while not ray.wait([ref], timeout=LOOK)[0]:
+            if closed():
+                self.end()
+                raise GraderLost("the pool was closed")
+        try:
+            verdicts: list[Verdict] = ray.get(ref)
+        except RayActorError as error:
+            raise GraderLost(str(error)) from error
+        except RayTaskError as error:
+            raise error.cause from error
+        return verdicts
+
+    def end(self) -> None:
+        import ray
+
+        ray.kill(self._actor)

@@ -1,0 +1,103 @@
+"""Who may be where: placement groups, one a kind of process, and how many of each a cluster has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from liubai.errors import UserError
+
+#: Bytes that a grader asks for. It sleeps most of the time: no core is reserved for it.
+GRADER_MEMORY = 256 << 20
+#: Seconds that the first placement may take.
+PLACED = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one process asks for."""
+
+    cpus: float = 0.0
+    gpus: float = 0.0
+    memory: float = 0.0
+
+    def bundle(self) -> dict[str, float]:
+        parts = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory}
+        return {name: n for name, n in parts.items() if n}
+
+
+class Places:
+    """``size`` processes with a ``share`` each, spread over the nodes or packed onto few. When a node is
+    lost, Ray finds another place for its share, as soon as there is one."""
+
+    def __init__(self, size: int, share: Share, strategy: Literal["SPREAD", "PACK"], what: str) -> None:
+        import ray
+        from ray.exceptions import GetTimeoutError
+        from ray.util import placement_group
+
+        self.size, self.share = size, share
+        self._group: Any = placement_group([share.bundle()] * size, strategy=strategy)
+        try:
+            ray.get(self._group.ready(), timeout=PLACED)
+        except GetTimeoutError:
+            self.give_back()
+            raise UserError(
+                f"the cluster has no room for {size} {what} of {_said(share)} each within {PLACED:.0f} s; "
+                f"it has {_said(total())} in all, of which {_said(free())} are free. Ask for fewer, or start "
+                "more nodes"
+            ) from None
+
+    def options(self, place: int) -> dict[str, Any]:
+        """For ``.options`` of a Ray actor."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        return {
+            "num_cpus": self.share.cpus,
+            "num_gpus": self.share.gpus,
+            "memory": self.share.memory or None,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=place
+            ),
+        }
+
+    def give_back(self) -> None:
+        from ray.util import remove_placement_group
+
+        remove_placement_group(self._group)
+
+
+def nodes() -> int:
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())  # type: ignore[no-untyped-call]
+
+
+def total() -> Share:
+    import ray
+
+    return _share(ray.cluster_resources)
+
+
+def free() -> Share:
+    import ray
+
+    return _share(ray.available_resources)
+
+
+def _share(resources: Callable[[], dict[str, float]]) -> Share:
+    found = resources()
+    return Share(found.get("CPU", 0.0), found.get("GPU", 0.0), found.get("memory", 0.0))
+
+
+def _said(share: Share) -> str:
+    parts = {"CPU": share.cpus, "GPU": share.gpus, "GB of memory": share.memory / 1e9}
+    return ", ".join(f"{n:.3g} {name}" for name, n in parts.items() if n) or "nothing"
+
+
+def how_many(wanted: int | None, share: Share, room: Share) -> int:
+    """As many as there is room for, unless told otherwise; one at least."""
+    if wanted:
+        return wanted
+    fits = [have // need for have, need in ((room.cpus, share.cpus), (room.gpus, share.gpus)) if need]
+    return max(1, int(min(fits)))

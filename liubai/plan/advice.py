@@ -1,0 +1,320 @@
+"""How to share the machines out between writing and learning, what holds a run up, and what would help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from liubai.errors import UserError
+from liubai.plan import memory, roofline
+from liubai.plan.hardware import Device
+from liubai.plan.reading import Job
+from liubai.plan.roofline import Model, Work, Writing
+
+Way = Literal["in turn", "in turn, in flight", "apart, synchronous", "apart, asynchronous"]
+
+#: micro-batches that "auto" begins with (:class:`liubai.stages.config.Trained`)
+AUTO, AUTO_CPU = 65536, 2048
+#: an engine should have room for so many answers, or a model is spread over more GPUs
+FEWEST = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One of the two sides: how many GPUs it has, its memory by parts, bytes for each GPU."""
+
+    gpus: int
+    memory: dict[str, float]
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """One way to share the machines out. ``step`` are the seconds of a step, ``rate`` the tokens a second
+    that it yields; ``parts`` GPUs make one engine of ``slots`` slots; ``fit`` answers of full length are in
+    its cache, at most."""
+
+    way: Way
+    trainer: Side
+    rollout: Side
+    parts: int
+    slots: int
+    fit: int
+    microbatch: int
+    writing: Writing
+    update: dict[str, float]
+    transfer: float
+    step: float
+    rate: float
+
+    @property
+    def update_seconds(self) -> float:
+        return sum(self.update.values())
+
+
+class Planner:
+    """One job on ``gpus`` devices. ``staleness`` bounds how many updates old an answer may be: the stage's
+    max_staleness, or 1, unless given."""
+
+    def __init__(
+        self, job: Job, device: Device, gpus: int, staleness: float | None = None, threads: int = 1
+    ) -> None:
+        if job.work is None:
+            raise ValueError(f"stage '{job.stage}' writes no answers")
+        self.job, self.device, self.gpus = job, device, gpus
+        bound: int | None = job.config.max_staleness  # type: ignore[attr-defined]
+        self.staleness = staleness if staleness is not None else 1.0 if bound is None else float(bound)
+        self.dtype = dtype_of(job, device)
+        self.work = replace(job.work, layered=memory.layered(job.size, self.dtype, device))
+        #: who writes: bands or pages, and can a model be spread over several GPUs?
+        self.kind: str = job.config.engine.kind  # type: ignore[attr-defined]
+        self.model = Model(config=job.model, size=job.size, dtype=self.dtype)
+        self.slots: int = job.config.slots  # type: ignore[attr-defined]
+        self.room = device.memory * device.usable
+        self.threads = threads
+
+    def layouts(self) -> list[Layout]:
+        """Every way that fits, each at its best. Raises ``UserError`` where none does."""
+        found = [layout for way in ("in turn", "in turn, in flight") if (layout := self._in_turn(way))]
+        for way in ("apart, synchronous", "apart, asynchronous"):
+            if split := [layout for trainer in self._splits() if (layout := self._apart(way, trainer))]:
+                found.append(max(split, key=lambda layout: layout.rate))
+        if not found:
+            raise UserError(self._too_large())
+        return found
+
+    def _splits(self) -> Iterator[int]:
+        """Numbers of trainer GPUs to try: of a few nodes every number, of many whole nodes."""
+        unit = self.device.node if self.gpus >= 4 * self.device.node else 1
+        return iter(range(unit, self.gpus, unit))
+
+    # memory
+
+    def training(self, ranks: int) -> tuple[dict[str, float], int] | None:
+        """The memory of an update, and the largest micro-batch that fits; None when none does."""
+        tokens = microbatch_of(self.job, self.device)
+        while True:
+            parts = self.training_with(tokens, ranks)
+            if sum(parts.values()) <= self.room:
+                return parts, tokens
+            if tokens <= self.work.longest:
+                return None
+            tokens //= 2
+
+    def training_with(self, tokens: int, ranks: int) -> dict[str, float]:
+        return training_memory(self.job, self.device, tokens, ranks, self.threads)
+
+    def engine(self, used: float, parts: int, kind: str) -> tuple[dict[str, float], int]:
+        """The memory of an engine beside ``used`` bytes, and how many answers of full length its cache
+        holds."""
+        w = self.work
+        about = memory.writing(self.model.config, self.model.size, self.dtype, self.slots, parts)
+        left = (self.room - used - sum(about.values())) * parts
+        length = w.prompt + w.longest
+        fit = memory.answers_that_fit(left, self.model.config, self.dtype, length, kind)
+        held = (
+            min(fit, self.slots)
+            * memory.cache_tokens(length, kind)
+            * memory.kv_bytes(self.model.config, self.dtype)
+        )
+        return {**about, "cache": held / parts}, fit
+
+    # speed
+
+    def _in_turn(self, way: Way) -> Layout | None:
+        """Every GPU writes and learns, one after the other: the torch engine on the trainer's own weights, or
+        on the whole copy where those are shared out; or vLLM beside it."""
+        trained = self.training(self.gpus)
+        if trained is None:
+            return None
+        learning, microbatch = trained
+        kept = ("weights", "masters", "moments", "other models")
+        states = sum(learning[name] for name in kept)
+        if self.kind == "torch":  # a copy of the weights is there already
+            states -= self.model.bytes
+        if self.kind == "vllm":  # it has a copy of its own, and its share of the GPU
+            share = self.job.config.engine.gpu_memory_utilization  # type: ignore[attr-defined]
+            states = self.device.memory * (self.device.usable - share)
+            if sum(learning.values()) > states:
+                return None
+        elif self.kind == "server":
+            return None
+        rollout, fit = self.engine(states, 1, self.kind)
+        if fit < 1:
+            return None
+        slots = min(self.slots, fit)
+        if way == "in turn":
+            writing = roofline.at_once(self.model, self.device, self.work, self.gpus, slots)
+        else:
+            ahead = self.work.answers + self.slots * self.gpus
+            writing = roofline.without_end(self.model, self.device, self.work, self.gpus, slots, ahead=ahead)
+        update = self._update(self.gpus, microbatch)
+        sent = roofline.transfer(self.model, self.device, self.gpus) if self.gpus > 1 else 0.0
+        step = writing.seconds + sum(update.values()) + sent
+        return Layout(
+            way=way, trainer=Side(gpus=self.gpus, memory=learning), parts=1,
+            rollout=Side(gpus=self.gpus, memory=rollout), slots=self.slots, fit=fit, microbatch=microbatch,
+            writing=writing, update=update, transfer=sent, step=step, rate=self.work.written / step,
+        )  # fmt: skip
+
+    def _apart(self, way: Way, trainer: int) -> Layout | None:
+        parts = self.parts()
+        engines = (self.gpus - trainer) // parts if parts else 0
+        trained = self.training(trainer)
+        if not engines or trained is None:
+            return None
+        learning, microbatch = trained
+        rollout, fit = self.engine(0.0, parts, self.kind)
+        slots = min(self.slots, fit)
+        update = self._update(trainer, microbatch)
+        sent = roofline.transfer(self.model, self.device, self.gpus)
+        if way == "apart, synchronous":
+            writing = roofline.at_once(self.model, self.device, self.work, engines, slots, parts)
+            step = writing.seconds + sum(update.values()) + sent
+        else:
+            ahead = self.work.answers * (1 + self.staleness)
+            writing = roofline.without_end(self.model, self.device, self.work, engines, slots, parts, ahead)
+            step = max(writing.seconds, sum(update.values())) + sent
+        return Layout(
+            way=way, trainer=Side(gpus=trainer, memory=learning),
+            rollout=Side(gpus=engines * parts, memory=rollout), parts=parts, slots=self.slots, fit=fit,
+            microbatch=microbatch, writing=writing, update=update, transfer=sent, step=step,
+            rate=self.work.written / step,
+        )  # fmt: skip
+
+    def parts(self) -> int:
+        """The fewest GPUs that hold an engine with room for a few answers; 0 when a node does not."""
+        parts = 1
+        while parts <= (1 if self.kind == "torch" else min(self.device.node, max(1, self.gpus - 1))):
+            if self.engine(0.0, parts, self.kind)[1] >= min(FEWEST, self.work.answers):
+                return parts
+            parts *= 2
+        return 0
+
+    def _update(self, ranks: int, microbatch: int) -> dict[str, float]:
+        return roofline.update(self.model, self.device, replace(self.work, microbatch=microbatch), ranks)
+
+    def _too_large(self) -> str:
+        least = self.training_with(self.work.longest, self.gpus)
+        need, name = sum(least.values()) / 1e9, self.device.name
+        if need * 1e9 <= self.room:
+            spread = ', or engine = "vllm" or a server, which one model can be spread over GPUs with'
+            return (
+                f"stage '{self.job.stage}': no engine fits beside the trainer on {self.gpus} × {name}; more "
+                f"GPUs, lower max_tokens{spread if self.kind == 'torch' else ''}"
+            )
+        if self.gpus > 1 and self.model.bytes > self.room:
+            return (
+                f"stage '{self.job.stage}' does not fit: every GPU that learns has a whole copy of the "
+                f"weights, {self.model.bytes / 1e9:,.0f} GB, and a program has {self.room / 1e9:,.0f} GB on "
+                f"one {name}; no number of them helps: take GPUs with more memory, or a smaller model"
+            )
+        helps = ", ".join(self._helps()) or "a smaller model"
+        return (
+            f"stage '{self.job.stage}' does not fit: an update needs {need:,.0f} GB on each of "
+            f"{self.gpus} × {name}, and a program has {self.room / 1e9:,.0f} GB; what would help: {helps}, "
+            "more GPUs"
+        )
+
+    def _helps(self) -> Iterator[str]:
+        config = self.job.config
+        if not config.checkpointing:
+            yield "checkpointing = true"
+        if config.optimizer_state == "float32":
+            yield 'optimizer_state = "bfloat16"'
+        if self.job.lora is None and hasattr(config, "lora"):
+            yield "lora"
+
+
+def dtype_of(job: Job, device: Device) -> str:
+    return device.dtype if job.config.precision == "auto" else job.config.precision
+
+
+def microbatch_of(job: Job, device: Device) -> int:
+    """What an update begins with: the recipe's, or as much as the stage would try."""
+    asked = job.config.tokens_per_microbatch
+    return asked if asked != "auto" else AUTO if device.gpu else AUTO_CPU
+
+
+def training_memory(job: Job, device: Device, tokens: int, ranks: int, threads: int = 1) -> dict[str, float]:
+    """Of an update, or of a supervised step, with micro-batches of ``tokens`` tokens at most."""
+    w, dtype = job.work, dtype_of(job, device)
+    answer, prompt = (w.longest, w.prompt) if w else (1, 0)
+    by_layer = ranks > 1 and memory.layered(job.size, dtype, device)
+    how = memory.Training(
+        dtype=dtype,
+        moments=job.config.optimizer_state,
+        checkpointing=job.config.checkpointing,
+        tokens=memory.microbatch(tokens, w.samples, answer, prompt, not by_layer) if w else tokens,
+        prompt=0 if by_layer else prompt,
+        answer=answer,
+        ranks=ranks,
+        layered=by_layer,
+        copy=w is not None,
+        replicas=1 if device.gpu else memory.replicas(job.size, threads),
+        learners=w.learners if w else 1,
+        frozen=job.frozen,
+        holes=device.holes,
+    )
+    return memory.training(job.model, job.size, how)
+
+
+# words
+
+#: part of a decoding step -> what it means, and what would help where it is not the number of answers
+SLOW = {
+    "weights": ("reading the weights, once a step for only {batch:.0f} answers at once", ""),
+    "keys and values": (
+        "reading keys and values of {batch:.0f} answers at once",
+        "memory bandwidth, or shorter answers; a larger batch does not help",
+    ),
+    "arithmetic": ("arithmetic, with {batch:.0f} answers at once", "only more rollout GPUs"),
+    "sampling": ("choosing tokens from a large vocabulary", "only more rollout GPUs"),
+    "fixed cost": ("what a step costs whoever takes part, with {batch:.0f} answers at once", ""),
+    "prompts": ("reading prompts", "shorter prompts, or more samples for each"),
+}
+#: part of an update -> what would help
+LEARNING = {
+    "arithmetic": "more GPUs that learn",
+    "activations": "more machines that learn: a small model's layers are walks over memory",
+    "exchange": "larger micro-batches (each gathers all weights anew), or fewer GPUs that learn",
+    "optimizer": "more tokens in a step: the optimizer's walk over memory costs the same",
+}
+
+
+def bottleneck(layout: Layout, work: Work) -> tuple[str, str]:
+    """What takes longest, and what would help, in words."""
+    writing, update = layout.writing, layout.update
+    if layout.transfer > max(writing.seconds, layout.update_seconds):
+        return "sending the weights", "a faster network, LoRA (only adapters change), or more work in a step"
+    if layout.update_seconds > writing.seconds:
+        worst = max(update, key=lambda name: update[name])
+        saves = "; checkpointing = false saves a fifth where memory allows it" if work.checkpointing else ""
+        return f"learning ({worst})", LEARNING[worst] + (saves if worst == "arithmetic" else "")
+    waits = 1 - writing.rhythm.full / writing.rhythm.steps
+    if layout.way in ("in turn", "apart, synchronous") and waits > 0.5:
+        return (
+            f"waiting for the longest answer: {waits:.0%} of what the engines could write is not asked for",
+            "writing ahead: inflight = true, or a trainer apart that is not waited for",
+        )
+    worst = max(writing.shares, key=lambda name: writing.shares[name])
+    what, helps = SLOW[worst]
+    return f"writing ({what.format(batch=writing.rhythm.batch)})", helps or _more_at_once(layout)
+
+
+def _more_at_once(layout: Layout) -> str:
+    """What keeps the number of answers small."""
+    if layout.writing.rhythm.most < min(layout.fit, layout.slots):
+        return (
+            "more answers under way: a higher --staleness, more groups or samples; "
+            "fewer rollout GPUs lose little"
+        )
+    if layout.fit < layout.slots:
+        return (
+            "a cache for more answers: more memory, a lower max_tokens, or pages (vLLM) in the place of bands"
+        )
+    return f"more slots than {layout.slots}"

@@ -1,0 +1,241 @@
+"""Which engine writes the answers of a stage that learns from them: the recipe's key ``engine``, and its
+making.
+
+The default is the embedded engine around the trainer's own weights: one copy in memory, nothing that could
+fail to arrive, and bits that repeat. The others take the weights by a transport, and a canary looks after
+each transfer::
+
+    engine = "vllm"                          # vLLM in this process
+
+    [stages.zero.engine]                     # or a server, on another GPU or machine
+    kind = "server"
+    url = "http://10.0.0.2:8000"
+    transport = "folder"                     # "lora" for a stage with lora, "native" for NCCL between GPUs
+    folder = "/shared/weights"               # on a disk that both see
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+from urllib.parse import urlsplit
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from liubai import ranks
+from liubai.errors import UserError
+from liubai.model.lora import LoraConfig
+from liubai.model.transformer import Transformer
+from liubai.rollout.canary import Canary, scores
+from liubai.rollout.engine import Engine
+from liubai.rollout.outside import OutsideEngine
+from liubai.rollout.torch_engine import TorchEngine
+from liubai.rollout.transport import FolderTransport, LoraTransport, Transport
+
+if TYPE_CHECKING:
+    from liubai.cluster.connect import Cluster
+
+#: mean |Δ log-probability| between two programs that the arithmetic alone explains. Weights that are many
+#: versions old make 0.2 (trl#5312); of those that are one small update old, only the canary's memory tells.
+BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+
+
+class EngineConfig(BaseModel):
+    """``"torch"`` is the embedded engine; ``"vllm"`` in this process; ``"server"`` is ``vllm serve`` at
+    ``url``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    kind: Literal["torch", "vllm", "server"] = "torch"
+    url: str = ""
+    transport: Literal["folder", "lora", "native"] = "folder"
+    #: where ``folder`` and ``lora`` put weights: the stage's own folder unless told otherwise
+    folder: str = ""
+    #: where this process is found by a server's GPUs, for ``native``: HOST or HOST:PORT
+    address: str = ""
+    #: vllm: the share of each GPU that it takes; the trainer is on the same one
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
+    tensor_parallel: int = Field(1, gt=0, description="GPUs that vllm shares the model out over")
+    #: vllm: further arguments of vllm.LLM
+    options: dict[str, bool | int | float | str] = {}
+    timeout: float = Field(1800.0, gt=0, description="seconds for an answer of a server, and for a transfer")
+    canary: int = Field(4, ge=0, description="requests that are asked after every transfer; 0: none")
+    #: mean |Δ log-probability| above which engine and trainer disagree; by precision unless told otherwise
+    bound: float | None = Field(None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, raw: Any) -> Any:
+        return {"kind": raw} if isinstance(raw, str) else raw
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        mine = {
+            "vllm": {"gpu_memory_utilization", "tensor_parallel", "options"},
+            "server": {"url"},
+        }
+        of_others = set().union(*(keys for kind, keys in mine.items() if kind != self.kind))
+        if self.kind == "torch":
+            of_others = set(type(self).model_fields) - {"kind"}
+        for name in sorted(of_others):
+            # a resolved recipe spells the defaults out
+            if getattr(self, name) != type(self).model_fields[name].get_default():
+                raise ValueError(f"{name} is not for an engine of kind '{self.kind}'")
+        parts = urlsplit(self.url)
+        if self.kind == "server" and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError("an engine of kind 'server' needs its url, such as http://127.0.0.1:8000")
+        return self
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """mean |Δ log-probability| that is put up with, where the trainer computes in ``dtype``."""
+        return self.bound or BOUND[dtype]
+
+    def located(self, folder: Path) -> EngineConfig:
+        return (
+            self.model_copy(update={"folder": str((folder / self.folder).absolute())})
+            if self.folder
+            else self
+        )
+
+    def require(self, lora: LoraConfig | None) -> None:
+        """What can be known before anything happens. Raises ``UserError``."""
+        if self.transport == "lora" and not lora:
+            raise UserError('engine.transport = "lora" is for stages that train an adapter; set lora, too')
+        if self.kind == "vllm" and ranks.world() > 1:  # it would take part in their process group
+            raise UserError(
+                'engine "vllm" is for one process; of several, kind = "server" writes the answers'
+            )
+        needs_vllm = self.kind == "vllm" or (self.kind == "server" and self.transport == "native")
+        if needs_vllm and importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                "this engine needs vLLM, which is not installed: pip install 'liubai[vllm]', or use "
+                'kind = "server" with transport = "folder"'
+            )
+
+
+def engine_for(
+    config: EngineConfig,
+    model: Transformer,
+    *,
+    parent: Path,
+    eos_ids: Sequence[int],
+    slots: int,
+    max_length: int,
+    folder: Path,
+    stack: ExitStack,
+    lora: LoraConfig | None = None,
+    cluster: Cluster | None = None,
+    inflight: bool = False,
+    max_staleness: int | None = None,
+) -> Engine:
+    """The engine of a stage that trains ``model``, which began as the checkpoint ``parent``. Weights are
+    put into ``folder``, unless the config says where; ``stack`` lets go of it. With a ``cluster``, engines of
+    this kind are its actors'. Raises ``UserError`` for what is not there or does not fit."""
+    if cluster and config.kind != "server":
+        return cluster.engine_for(
+            config,
+            model,
+            parent=parent,
+            eos_ids=eos_ids,
+            slots=slots,
+            max_length=max_length,
+            lora=lora,
+            inflight=inflight,
+            max_staleness=max_staleness,
+        )
+    if config.kind == "torch":
+        return TorchEngine(model, eos_ids=eos_ids, slots=slots, max_length=max_length)
+    config.require(lora)
+    root = (Path(config.folder) if config.folder else folder).absolute()
+    if config.kind == "server":
+        from liubai.rollout.server_engine import Server, ServerEngine
+
+        server = Server(config.url, config.timeout)
+        transport = _transport(config, root, parent, lora, server.workers)
+        engine: OutsideEngine = ServerEngine(
+            server, transport, eos_ids=eos_ids, slots=slots, max_length=max_length
+        )
+        stack.callback(engine.close)
+        return engine
+    from liubai.rollout.vllm_engine import HANDOVER, VLLMEngine
+
+    alone = config.tensor_parallel == 1
+    transport = _transport(config, root, parent, lora, None if alone else lambda: config.tensor_parallel)
+    engine = VLLMEngine(
+        parent,
+        transport,
+        eos_ids=eos_ids,
+        slots=slots,
+        max_length=max_length,
+        dtype=model.head_weight.dtype,
+        lora=lora if config.transport == "lora" else None,
+        backend=(HANDOVER if alone else "nccl") if config.transport == "native" else None,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        tensor_parallel=config.tensor_parallel,
+        options=config.options,
+    )
+    stack.callback(engine.close)
+    return engine
+
+
+def _transport(
+    config: EngineConfig,
+    root: Path,
+    parent: Path,
+    lora: LoraConfig | None,
+    workers: Callable[[], int] | None,
+) -> Transport:
+    """``workers`` says how many processes have a part of the engine's model; None: this one has it."""
+    if config.transport == "folder":
+        return FolderTransport(root, parent, lora)
+    if config.transport == "lora":
+        assert lora is not None  # asked in ``require``
+        return LoraTransport(root, parent.absolute(), lora, used=config.kind == "server")
+    from liubai.rollout.vllm_engine import Handover, NativeTransport, nccl
+
+    if workers is None:
+        return NativeTransport(lambda: Handover(rank=0), lora)
+    host, _, port = config.address.partition(":")
+    return NativeTransport(
+        lambda: nccl(
+            host or socket.gethostbyname(socket.gethostname()), int(port or _free_port()), workers()
+        ),
+        lora,
+        config.timeout,
+    )
+
+
+def canary_for(
+    config: EngineConfig,
+    engine: Engine,
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+) -> Canary | None:
+    """For an engine that has its own copy of the weights."""
+    ask = getattr(engine, "ask", None)
+    if config.kind == "torch" or ask is None or not config.canary:
+        return None  # of our own engine, wherever it is, ``update`` looks at every token
+    return Canary(
+        list(prompts)[: config.canary],
+        ask,
+        lambda samples: scores(model, samples, temperature),
+        bound=config.tolerance(model.head_weight.dtype),
+        temperature=temperature,
+        seed=seed,
+        max_tokens=max_tokens,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])

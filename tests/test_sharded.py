@@ -1,0 +1,175 @@
+"""One model on two processes computes what it computes on one: loss, gradient, optimizer, every stage that
+learns, resume points, memory that runs out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import rank_jobs
+import torch
+from safetensors.torch import load_file
+from test_stages import STAGES, metrics_of
+from test_stages import wide as wide  # a fixture
+from torch import Tensor
+
+from liubai.learn import sharded
+from liubai.learn.memory import Lot
+from liubai.learn.packing import Sequence1, micro_batches
+from liubai.stages.context import Context
+
+EXACT = ("gradient", "gradient_in_layers", "not_finite")
+UPDATES = (
+    "reference",
+    "reference_in_layers",
+    "muon",
+    "ratios",
+    "lora",
+    "crate",
+    "halves",
+    "scores",
+    "in_bfloat16",
+)
+Found = dict[str, list[dict[str, Tensor]]]
+
+
+@pytest.fixture(autouse=True)
+def _without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Context, "_tensorboard", lambda self, step, metrics: None)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return rank_jobs.on_ranks([*EXACT, *UPDATES, "parts"], tmp_path_factory.mktemp("ranks"))
+
+
+def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    """To ``tolerance`` of each tensor's largest number."""
+    assert got.keys() == wanted.keys()
+    for name, want in wanted.items():
+        scale = float(want.nan_to_num().abs().max()) if want.numel() else 0.0
+        torch.testing.assert_close(
+            got[name],
+            want,
+            rtol=0,
+            atol=tolerance * max(scale, 1e-3),
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("name", [*EXACT, *UPDATES])
+def test_two_processes_take_the_steps_of_one(name: str, together: Found, tmp_path: Path) -> None:
+    alone = rank_jobs.JOBS[name](tmp_path)
+    first, second = together[name]
+    assert all(torch.equal(t.nan_to_num(), second[n].nan_to_num()) for n, t in first.items())
+    # bfloat16 has 8 bits: a sum in another order is another sum
+    tolerance = 1e-6 if name in EXACT else 3e-2 if name == "in_bfloat16" else 1e-5
+    assert_same(first, alone, tolerance)
+
+
+def test_halves_were_halved(together: Found) -> None:
+    assert together["halves"][0]["log/0/halvings"] == 1
+    assert "log/0/halvings" not in together["reference"][0]
+
+
+def test_what_is_not_finite_on_one_rank_changes_nothing(together: Found) -> None:
+    for found in together["not_finite"]:
+        assert math.isnan(found["norm"][0])
+        assert math.isfinite(found["norm"][1])
+        assert found["optimizer/steps"] == 1
+
+
+def test_each_rank_keeps_a_part(together: Found, tmp_path: Path) -> None:
+    alone = rank_jobs.JOBS["parts"](tmp_path)
+    for name, whole in alone.items():
+        kept = [int(found[name]) for found in together["parts"]]
+        assert sum(kept) == whole, name
+        assert max(kept) < 0.6 * whole, name
+
+
+def test_shares_are_balanced_by_tokens() -> None:
+    assert sharded.balanced([5, 1, 4, 2, 3, 3], 2) == [[0, 1, 5], [2, 3, 4]]
+    assert sharded.balanced([7], 3) == [[0], [], []]
+    batches = micro_batches([Sequence1(range(n), [True] * n) for n in (3, 5)], 0, 5)
+    assert [sharded.tokens_of(b) for b in batches] == [5, 3]
+    assert sharded.tokens_of([(Lot((1, 2), batches), 0.5)]) == 8
+
+
+# ---- stages ----
+
+
+@pytest.fixture(scope="module")
+def stages(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stages on two ranks, left alone and interrupted."""
+    folder = tmp_path_factory.mktemp("stages")
+    (folder / "wide").symlink_to(wide)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Context, "_tensorboard", lambda self, step, metrics: None)
+        for name in rank_jobs.RESUMED:
+            rank_jobs.go_on(name, folder, folder / "alone")
+            rank_jobs.interrupt(name, folder, folder / "more")
+        rank_jobs.on_ranks(["stages", "layers", "told", "interrupted", "more"], folder)
+        state = folder / "fewer" / "sft with lora" / "state"
+        (folder / "state.json").write_text(json.dumps(sorted(path.name for path in state.iterdir())))
+        for name in rank_jobs.RESUMED:
+            rank_jobs.go_on(name, folder, folder / "fewer")
+    return folder
+
+
+def assert_same_stage(got: Path, wanted: Path, tolerance: float) -> None:
+    ours, theirs = metrics_of(got), metrics_of(wanted)
+    assert len(ours) == len(theirs)
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(yours, rel=tolerance, abs=tolerance)
+    weights = [load_file(next(folder.rglob("model.safetensors"))) for folder in (got, wanted)]
+    assert_same(*weights, tolerance)
+
+
+IN_FLIGHT = "ppo in flight"
+
+
+@pytest.mark.parametrize("name", sorted(set(STAGES) - {IN_FLIGHT, "sample", "pretrain"}))
+def test_a_stage_on_two_ranks_is_that_of_one(name: str, stages: Path, wide: Path, tmp_path: Path) -> None:
+    from test_stages import run
+
+    alone = run(name, wide, tmp_path)
+    assert_same_stage(stages / "whole" / name, alone, 1e-4)
+    if name in rank_jobs.IN_LAYERS:
+        assert_same_stage(stages / "layers" / name, alone, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["language", IN_FLIGHT])
+def test_an_engine_elsewhere_is_asked_by_one(name: str, stages: Path, wide: Path, tmp_path: Path) -> None:
+    """In flight, too, its groups are those of one process."""
+    from test_stages import run
+
+    assert_same_stage(stages / "told" / name, run(name, wide, tmp_path), 1e-4)
+
+
+def test_ranks_sample_what_one_process_does(stages: Path, wide: Path, tmp_path: Path) -> None:
+    from test_stages import run
+
+    alone, together = run("sample", wide, tmp_path), stages / "whole" / "sample"
+    for name in ("graded.jsonl", "examples.jsonl", "sample.json"):
+        assert (alone / name).read_bytes() == (together / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", rank_jobs.RESUMED)
+@pytest.mark.parametrize("resumed", ["same", "fewer", "more"])
+def test_a_stage_goes_on_with_any_number_of_ranks(name: str, resumed: str, stages: Path) -> None:
+    wanted = stages / "whole" / name if name == IN_FLIGHT else stages / "alone" / name
+    if name == IN_FLIGHT and resumed != "same":  # which groups end first depends on who writes
+        assert len(metrics_of(stages / resumed / name)) == len(metrics_of(wanted))
+        return
+    assert_same_stage(stages / resumed / name, wanted, 1e-4)
+
+
+def test_resume_points_of_ranks_hold_no_pickle(stages: Path) -> None:
+    """A file a rank, and what says how far it got."""
+    names = json.loads((stages / "state.json").read_text())
+    assert names[0] == "meta.json"
+    assert len(names) == 3
+    assert all(name.endswith(".safetensors") for name in names[1:])
