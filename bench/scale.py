@@ -32,6 +32,7 @@ STALENESS = (0, 1, 4, math.inf)
 #: hours that a GPU lasts: Llama 3's 419 unexpected losses of 16,384 GPUs in 54 days (arXiv 2407.21783), and
 #: machines that may be taken away at any time
 LLAMA, SPOT = 54 * 24 * 16_384 / 419, 100.0
+LONGER = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ class Run:
     mean: float = 4000.0
     spread: float = 0.8
     longest: int = 16_384
-    slots: int = 256
+    slots: int = 64
     writers_for_a_trainer: int = 2
     restart: float = 300.0
     device: Device = DEVICES["h100"]
@@ -125,7 +126,9 @@ def details(found: dict[tuple[float, float, int], Outcome], hours: float, gpus: 
 
 
 #: Okabe and Ito's colours, which colour-blind readers tell apart; each line has a mark of its own, too
-INKS = {0: ("#000000", "o"), 1: ("#E69F00", "s"), 4: ("#0072B2", "^"), math.inf: ("#009E73", "D")}
+INKS = {
+    0: ("#000000", "o", 1.4), 1: ("#E69F00", "s", 1.4), 4: ("#0072B2", "^", 2.4), math.inf: ("#009E73", "D", 4.0)
+}  # fmt: skip
 PAPER, FAINT = "#fdfcf9", "#6f6a62"
 
 
@@ -138,18 +141,31 @@ def draw(found: dict[tuple[float, float, int], Outcome], title: str, out: Path) 
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for staleness in STALENESS:
-        colour, mark = INKS[staleness]
+        colour, mark, width = INKS[staleness]
         for hours, dash in ((LLAMA, "-"), (SPOT, (0, (2, 2)))):
             rates = [settled(found[staleness, hours, gpus]) for gpus in GPUS]
             label = name(staleness) if hours == LLAMA else None
-            axes.plot(GPUS, rates, ls=dash, marker=mark, ms=5, lw=1.8, color=colour, label=label)
+            order = 5 - width  # lines that lie on each other: the thinner on top
+            axes.plot(
+                GPUS, rates, ls=dash, marker=mark, ms=4 + width, lw=width, color=colour, label=label, zorder=order
+            )  # fmt: skip
     first = settled(found[4, LLAMA, GPUS[0]])
-    axes.plot(GPUS, [first * g / GPUS[0] for g in GPUS], color=FAINT, lw=0.8, label="in proportion")
+    axes.plot(
+        GPUS,
+        [first * g / GPUS[0] for g in GPUS],
+        color=FAINT,
+        lw=0.8,
+        ls="-.",
+        label="in proportion",
+        zorder=0,
+    )
     axes.plot([], [], color=FAINT, ls=(0, (2, 2)), lw=1.8, label=f"dotted: a GPU lasts {SPOT:.0f} hours")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(GPUS, [f"{g:,}" for g in GPUS])
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yticks([1e4, 3e4, 1e5, 3e5, 1e6, 3e6])
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda y, _: f"{y / 1e6:g} M" if y >= 1e6 else f"{y / 1e3:g} k")
     )
@@ -167,7 +183,7 @@ def draw(found: dict[tuple[float, float, int], Outcome], title: str, out: Path) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.scale", description=__doc__)
-    parser.add_argument("--updates", type=int, default=40, help="of each simulated run")
+    parser.add_argument("--updates", type=int, default=24, help="of each simulated run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="draw the figure, for example docs/scale.png")
     asked = parser.parse_args()
@@ -176,7 +192,9 @@ def main() -> None:
     for hours in (LLAMA, SPOT):
         for staleness in STALENESS:
             for gpus in GPUS:
-                outcome = simulate(pipeline(run, gpus, staleness, hours, asked.seed), asked.updates)
+                # of what is seldom lost, and lost for long, a few updates say nothing
+                updates = asked.updates * (LONGER if hours == SPOT and gpus >= 128 else 1)
+                outcome = simulate(pipeline(run, gpus, staleness, hours, asked.seed), updates)
                 found[staleness, hours, gpus] = outcome
                 answers += outcome.lengths_begun[1]
     print(f"Tokens/s that are learned from, by GPUs that write; a GPU lasts {LLAMA:,.0f} hours:\n")

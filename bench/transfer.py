@@ -4,7 +4,8 @@ The folder of a Qwen3-0.6B-shaped model in bfloat16 (1.2 GB) is written as a tra
 again, beside ``cp`` of the same file; the two take turns. With ``--vllm``, from an environment that has
 vLLM (``make .venv-vllm/ready``), real transfers of the same model into vLLM by folder and by hand, and for
 each the mean |Δ log-probability| between vLLM's tokens and the trainer. A disk has moods: give it a quiet
-machine and believe the medians."""
+machine and believe the medians.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def model_of(shape: dict[str, Any], dtype: str) -> Transformer:
     for block in model.layers:
         for layer in (block.self_attn.o_proj, block.mlp.down_proj):
             layer.weight.data.normal_(0, 0.02, generator=generator)
-    model.head_weight.data.mul_(10)  # or every token would be as likely as any other
+    model.head_weight.data.mul_(3)  # or every token would be as likely as any other
     return model.to(getattr(torch, dtype)).eval()
 
 
@@ -55,21 +56,37 @@ def disk(folder: Path, rounds: int) -> None:
     about.mkdir()
     (about / "config.json").write_text(json.dumps(model.config.to_hf()))
     size = sum(t.numel() * t.element_size() for t in weights.values())
-    written, read, copied, settled = [], [], [], []
-    target, copy = folder / "step", folder / "copy.safetensors"
+    target, source, copy = folder / "step", folder / "source.safetensors", folder / "copy.safetensors"
+    write_folder(target, weights, about, 0)
+    (target / "model.safetensors").rename(source)
+    ways: dict[str, Callable[[], object]] = {
+        "written": lambda: write_folder(target, weights, about, 0),
+        "cp": lambda: subprocess.run(["cp", str(source), str(copy)], check=True),
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    read = []
     for turn in range(rounds):
-        shutil.rmtree(target, ignore_errors=True)
-        copy.unlink(missing_ok=True)
-        subprocess.run(["sync"], check=True)
-        written.append(seconds(lambda turn=turn: write_folder(target, weights, about, turn)))
-        read.append(seconds(lambda: [t.sum() for t in load_file(target / "model.safetensors").values()]))
-        subprocess.run(["sync"], check=True)
-        file = str(target / "model.safetensors")
-        copied.append(seconds(lambda file=file: subprocess.run(["cp", file, str(copy)], check=True)))
-        settled.append(copied[-1] + seconds(lambda: subprocess.run(["sync", str(copy)], check=True)))
-    w, r, c, s = map(statistics.median, (written, read, copied, settled))
-    print(f"{size / 1e9:.2f} GB, medians of {rounds}: written {w:.2f} s, read again {r:.2f} s, cp {c:.2f} s")
-    print(f"cp until it is on disk {s:.2f} s. Written and read: {(w + r) / c:.2f} × cp; written: {w / c:.2f}")
+        # whoever comes second waits for what the first has left to the disk: by turns, and with a rest
+        for name in sorted(ways, reverse=turn % 2 == 1):
+            shutil.rmtree(target, ignore_errors=True)
+            copy.unlink(missing_ok=True)
+            rest()
+            began = seconds(ways[name])
+            times[name].append((began, began + seconds(lambda: subprocess.run(["sync"], check=True))))
+            if name == "written":
+                read.append(
+                    seconds(lambda: [t.sum() for t in load_file(target / "model.safetensors").values()])
+                )
+    print(f"{size / 1e9:.2f} GB, medians of {rounds}; in brackets until it is on disk")
+    for name, taken in times.items():
+        alone, settled = (statistics.median(column) for column in zip(*taken, strict=True))
+        print(f"{name} {alone:.2f} s ({settled:.2f} s)")
+    print(f"read again {statistics.median(read):.2f} s")
+
+
+def rest() -> None:
+    subprocess.run(["sync"], check=True)
+    time.sleep(3)
 
 
 def with_vllm(folder: Path, shape: dict[str, Any], dtype: str, transport: Any, transfers: int) -> None:

@@ -1,7 +1,8 @@
 """A server that speaks vLLM's endpoints, around a tiny model of ours: what it does wrong, each test says.
 
 Answers are written token by token, as far as ``allowed`` lets them, so that a test knows how far they are
-when new weights come. Nothing here depends on how fast anything is. """
+when new weights come. Nothing here depends on how fast anything is.
+"""
 
 from __future__ import annotations
 

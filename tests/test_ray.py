@@ -120,7 +120,7 @@ def kills(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
                 if how:
                     how(engine, busy[0])
                 else:
-                    os.kill(engine.crew.homes[busy[0]].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+                    os.kill(engine.crew.pids[busy[0]], signal.SIGKILL)  # type: ignore[attr-defined]
             return ended
 
         monkeypatch.setattr(RemoteEngine, "step", stepped)
@@ -192,8 +192,8 @@ def test_with_a_node_its_actor_is_lost_and_finds_another(
     added: list[Any] = []
 
     def remove(engine: RemoteEngine, place: int) -> None:
-        home = engine.crew.homes[place].node  # type: ignore[attr-defined]
-        (lost,) = [node for node in nodes.worker_nodes if node.node_id == home]
+        raylet = parent_of(engine.crew.pids[place])  # type: ignore[attr-defined]
+        (lost,) = [node for node in nodes.worker_nodes if raylet_of(node) == raylet]
         nodes.remove_node(lost, allow_graceful=False)
         added.append(nodes.add_node(num_cpus=1, **SMALL))
 
@@ -205,6 +205,14 @@ def test_with_a_node_its_actor_is_lost_and_finds_another(
         assert cluster._engine.losses == 1
     assert len(added) == 1
     assert_same_run(tmp_path / "quiet", tmp_path / "lost")
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def raylet_of(node: Any) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
 
 
 SLOW = """

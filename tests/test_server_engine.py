@@ -1,6 +1,7 @@
 """The engine that speaks with ``vllm serve``, against a server that speaks as it does (``scripted_vllm``):
 who wrote which token, in which order weights are exchanged, and every way in which the other side can fail.
-The real server is in test_vllm_engine.py."""
+The real server is in test_vllm_engine.py.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The engine protocol over the real vLLM, on a CPU: in this process and as a server. ``make test-vllm``.
 
 What is asked of it: every token has the trainer's log-probability under the weights that are said to have
-written it, whichever way these came."""
+written it, whichever way these came.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -107,13 +107,6 @@ def unpacked(weights: Packed) -> dict[str, Tensor]:
         }
 
 
-class Home(NamedTuple):
-    """A node of Ray's, and a process there."""
-
-    node: str
-    pid: int
-
-
 class RolloutActor:
     """One engine and one loop: it is stepped while there is something to write, and between two steps
     messages are read. They may overtake each other: who asks for answers says how new the weights must be,
@@ -130,11 +123,9 @@ class RolloutActor:
         # between a step and the next, somebody may wait for …
         self._work, self._news, self._idle = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def open(self, build: Build, threads: int, release: str) -> Home:
-        """Where it is. Raises ``UserError`` where the engine cannot be made, or the node has another
+    async def open(self, build: Build, threads: int, release: str) -> int:
+        """Its process id. Raises ``UserError`` where the engine cannot be made, or the node has another
         release."""
-        import ray
-
         if release != (ours := releases()):
             raise UserError(
                 f"the nodes of a cluster must have the same releases: here {release}, there {ours}"
@@ -143,7 +134,7 @@ class RolloutActor:
         self.engine = build()
         self._opened.set()
         self._task = asyncio.create_task(self._step())
-        return Home(ray.get_runtime_context().get_node_id(), os.getpid())
+        return os.getpid()
 
     async def load(self, weights: Packed, version: int, oldest: int | None) -> None:
         await self._opened.wait()
@@ -227,7 +218,7 @@ class RayCrew:
 
     def __init__(self, build: Build, places: Places, threads: int) -> None:
         self.size, self._build, self._places, self._threads = places.size, build, places, threads
-        self.homes: dict[int, Home] = {}  #: of the actors that are there
+        self.pids: dict[int, int] = {}  #: of the actors that are there, each on its node
         self._actors: dict[int, Any] = {}
         self._awaited: dict[Any, int] = {}  # that an actor is open, or its news -> its place
 
@@ -274,13 +265,13 @@ class RayCrew:
         try:
             news = ray.get(ref)
         except RayActorError as error:
-            self.homes.pop(place, None)
+            self.pids.pop(place, None)
             return Lost(place, why_lost(error))
         except RayTaskError as error:
             raise error.cause from error
         self._awaited[self._actors[place].hear.remote(place)] = place
-        if isinstance(news, Home):
-            self.homes[place] = news
+        if isinstance(news, int):
+            self.pids[place] = news
             return Report(place)
         report: Report = news
         return report

@@ -87,7 +87,7 @@ class Canary:
                 f"{len(scores)} tokens is {self.gap:.3g}, the bound {self.bound:g}. Either the new weights "
                 "did not reach the engine, or it computes something else: another precision or model, or "
                 "log-probabilities that are not at the sampling temperature (a server needs --logprobs-mode "
-                "processed_logprobs)"
+                "processed_logprobs). If 16 bits alone can explain it, raise engine.bound"
             )
 
 

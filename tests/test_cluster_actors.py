@@ -1,0 +1,321 @@
+"""What runs in the processes of a cluster, without Ray: an actor's loop, weights on their way, graders."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from liubai.cluster.actors import RolloutActor, packed, releases, unpacked, why_lost
+from liubai.cluster.crew import Written
+from liubai.cluster.graders import LOSSES, GraderLost, RemoteGraders
+from liubai.errors import UserError
+from liubai.grade import GradeItem, Verdict, grade
+from liubai.rollout.engine import Partial, Request, generate
+from liubai.rollout.torch_engine import TorchEngine
+from liubai.types import Sample, Span
+
+MODEL = tiny_model(3)
+
+
+def requests_of(groups: int, samples: int = 3, first: int = 0) -> list[Request]:
+    return [
+        Request(id=g * samples + j, prompt_ids=(5, 6 + g, 7), max_tokens=30, seed=1000 * g + j)
+        for g in range(first, first + groups)
+        for j in range(samples)
+    ]
+
+
+def fresh() -> TorchEngine:
+    return TorchEngine(tiny_model(4), eos_ids=[1], slots=4, max_length=64)
+
+
+def weights_of(seed: int) -> dict[str, torch.Tensor]:
+    return tiny_model(seed).state_dict()
+
+
+def alone(requests: Sequence[Request], seed: int = 3, version: int = 0) -> list[Sample]:
+    engine = fresh()
+    engine.load(weights_of(seed), version)
+    return generate(engine, requests)
+
+
+async def opened(build: Callable[[], TorchEngine] = fresh) -> RolloutActor:
+    actor = RolloutActor()
+    await actor.open(build, 1, releases())
+    return actor
+
+
+async def heard(actor: RolloutActor, count: int) -> list[Written]:
+    found: list[Written] = []
+    while len(found) < count:
+        report = await actor.hear(0)
+        assert report.place == 0
+        found += report.answers
+    return found
+
+
+def samples(found: Sequence[Written], requests: Sequence[Request]) -> list[Sample]:
+    by_id = {one.id: one for one in found}
+    assert len(by_id) == len(found)
+    return [by_id[r.id].sample(r.prompt_ids) for r in requests]
+
+
+def partials(requests: Sequence[Request]) -> list[Partial]:
+    return [Partial(request) for request in requests]
+
+
+def go(test: Callable[[], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        await asyncio.wait_for(test(), 60)
+
+    asyncio.run(whole())
+
+
+def test_an_actor_writes_what_its_engine_would() -> None:
+    """To the last bit, whatever it wrote before: the lot decides."""
+    asked, before = requests_of(4), requests_of(3, first=9)
+
+    async def test() -> None:
+        actor = await opened()
+        await actor.load(packed(weights_of(3)), 0, None)
+        await actor.write(7, partials(before), 0)
+        await heard(actor, len(before))
+        await actor.write(8, partials(asked), 0)
+        found = await heard(actor, len(asked))
+        assert {one.lot for one in found} == {8}
+        assert samples(found, asked) == alone(asked)
+
+    go(test)
+
+
+def test_messages_may_overtake_each_other() -> None:
+    asked = requests_of(2)
+
+    async def test() -> None:
+        actor = RolloutActor()
+        early = [
+            asyncio.create_task(actor.write(0, partials(asked), 5)),
+            asyncio.create_task(actor.load(packed(weights_of(9)), 5, None)),
+            asyncio.create_task(actor.cancel(0, [99])),
+        ]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        await actor.open(fresh, 1, releases())
+        await asyncio.gather(*early)
+        await actor.load(packed(weights_of(3)), 4, None)  # older than what is there
+        found = await heard(actor, len(asked))
+        assert samples(found, asked) == alone(asked, seed=9, version=5)
+
+    go(test)
+
+
+def test_answers_go_on_under_newer_weights_unless_they_are_too_old() -> None:
+    asked = requests_of(1, samples=4)
+
+    async def spans(oldest: int | None) -> tuple[list[Sample], int]:
+        actor = await opened()
+        await actor.load(packed(weights_of(3)), 0, None)
+        await actor.write(0, partials(asked), 0)
+        for _ in range(12):
+            await asyncio.sleep(0)
+        assert actor.engine.pending == 4
+        await actor.load(packed(weights_of(9)), 1, oldest)
+        again, found = 0, list[Written]()
+        while len(found) < 4:
+            report = await actor.hear(0)
+            again += report.begun_again
+            found += report.answers
+        return samples(found, asked), again
+
+    async def test() -> None:
+        kept, again = await spans(0)
+        assert again == 0
+        assert all([span.version for span in s.versions] == [0, 1] for s in kept)
+        new, again = await spans(1)
+        assert again == 4
+        assert new == alone(asked, seed=9, version=1)
+
+    go(test)
+
+
+def test_a_request_is_withdrawn_from_its_own_lot_alone() -> None:
+    asked = requests_of(1)
+
+    async def test() -> None:
+        actor = await opened()
+        await actor.load(packed(weights_of(3)), 0, None)
+        await actor.write(3, partials(asked), 0)
+        await actor.cancel(2, [0, 1, 2])  # of another lot, and late
+        await actor.cancel(3, [1])
+        found = await heard(actor, 2)
+        assert sorted(one.id for one in found) == [0, 2]
+        assert actor.engine.pending == 0
+        # asked for again while it is still being written: the new lot has it
+        await actor.write(4, partials(asked), 0)
+        await actor.write(5, partials(asked[:1]), 0)
+        again = {one.id: one.lot for one in await heard(actor, 3)}
+        assert again == {0: 5, 1: 4, 2: 4}
+
+    go(test)
+
+
+def test_begun_answers_keep_what_they_said() -> None:
+    (request,) = requests_of(1, samples=1)
+    (whole,) = alone([request])
+    half = Partial(request, whole.completion_ids[:4], whole.logprobs[:4], (Span(0, 4),))
+
+    async def test() -> None:
+        actor = await opened()
+        await actor.load(packed(weights_of(3)), 1, None)
+        await actor.write(0, [half], 1)
+        (found,) = samples(await heard(actor, 1), [request])
+        assert found.completion_ids == whole.completion_ids
+        assert found.versions == (Span(0, 4), Span(1, len(whole.completion_ids) - 4))
+
+    go(test)
+
+
+def test_what_goes_wrong_is_said_when_news_are_asked_for() -> None:
+    def refuses() -> Any:
+        raise UserError("there is no such engine")
+
+    async def test() -> None:
+        actor = await opened()
+        await actor.load({"no": ("float32", (1,), packed({"x": torch.zeros(1)})["x"][2])}, 0, None)
+        with pytest.raises(ValueError, match="another shape"):
+            await actor.hear(0)
+        with pytest.raises(UserError, match="no such engine"):
+            await opened(refuses)
+        with pytest.raises(UserError, match=r"same releases: here liubai 0\.0 with torch 1, there liubai"):
+            await RolloutActor().open(fresh, 1, "liubai 0.0 with torch 1")
+
+    go(test)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_arrive_as_they_were(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(7, 5, generator=generator).to(dtype)
+    weights = {
+        "a": torch.randn(3, 4, generator=generator).to(dtype),
+        "turned": torch.randn(3, 4, generator=generator).to(dtype).T,
+        "scalar": torch.tensor(2.0, dtype=dtype),
+        "embedding": embedding,
+        "head": embedding,
+        "learns": torch.nn.Parameter(torch.ones(2, dtype=dtype)),
+    }
+    away = packed(weights)
+    assert away["embedding"][2] is away["head"][2]  # tied weights travel once
+    back = unpacked(away)
+    assert back.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert back[name].dtype == dtype
+        assert torch.equal(back[name], tensor)
+
+
+def test_of_rays_messages_the_telling_part_is_kept() -> None:
+    page = (
+        "The actor died unexpectedly before finishing this task.\n\tclass_name: RolloutActor\n\tpid: 7\n"
+        "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"
+    )
+    assert why_lost(RuntimeError(page)) == "its worker process has died"
+    assert why_lost(RuntimeError("Something else. And more")) == "Something else"
+    assert why_lost(RuntimeError("")) == "RuntimeError"
+
+
+# ---- graders ----
+
+
+class Scripted:
+    """Grades as it should, and is lost with a chance of ``die``."""
+
+    def __init__(self, die: float, seed: int) -> None:
+        self.die, self.rng, self.ended = die, random.Random(seed), False
+
+    def grade(self, items: Sequence[GradeItem], closed: Callable[[], bool]) -> list[Verdict]:
+        assert not self.ended
+        if self.rng.random() < self.die:
+            self.ended = True
+            raise GraderLost("its node is gone")
+        return [grade(GradeItem("exact", i.gold, i.response, i.meta)) for i in items]
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def items_of(count: int, verifier: str) -> list[GradeItem]:
+    return [GradeItem(verifier, str(i), f"<think></think><answer>{i - i % 2}</answer>") for i in range(count)]
+
+
+@pytest.fixture
+def checker(tmp_path: Any) -> str:
+    """Never called: it only has to be there."""
+    (tmp_path / "checker.py").write_text("def check(gold, answer, meta): return False\n")
+    return f"{tmp_path}/checker.py:check"
+
+
+@pytest.mark.parametrize("die", [0.0, 0.3])
+def test_every_verdict_comes_once_whoever_is_lost(die: float, checker: str) -> None:
+    seeds = iter(range(1000))
+    hired: list[int] = []
+    lock = threading.Lock()
+
+    def hire(place: int) -> Scripted:
+        with lock:
+            hired.append(place)
+            return Scripted(die, next(seeds))
+
+    closed: list[bool] = []
+    with RemoteGraders(hire, 3, 5.0, lambda: closed.append(True)) as pool:
+        tickets = pool.submit(items_of(200, checker))
+        verdicts = pool.gather(tickets)
+        assert [v.correct for v in verdicts] == [i % 2 == 0 for i in range(200)]
+        assert pool.errors == 0
+        assert pool.lost == len(hired) - len(set(hired))
+        assert (pool.lost > 0) == (die > 0)
+        assert pool.poll() == {}
+        # bounded ones are graded at once, by nobody else
+        before = len(hired)
+        assert [v.correct for v in pool.gather(pool.submit(items_of(2, "exact")))] == [True, False]
+        assert len(hired) == before
+    assert closed == [True]
+
+
+def test_answers_that_cost_one_grader_after_the_other_are_errors(checker: str) -> None:
+    with RemoteGraders(lambda place: Scripted(1.0, 0), 1, 5.0) as pool:
+        (verdict,) = pool.gather(pool.submit(items_of(1, checker)))
+        assert verdict.error == f"{LOSSES + 1} graders were lost: its node is gone"
+        assert (pool.lost, pool.errors) == (LOSSES + 1, 1)
+
+
+def test_whatever_a_grader_raises_nobody_waits_for_ever(checker: str) -> None:
+    class Broken(Scripted):
+        def grade(self, items: Sequence[GradeItem], closed: Callable[[], bool]) -> list[Verdict]:
+            raise RuntimeError("no such file there")
+
+    with RemoteGraders(lambda place: Broken(0, 0), 2, 5.0) as pool:
+        verdicts = pool.gather(pool.submit(items_of(30, checker)))
+        assert {v.error for v in verdicts} == {"no grader could say: no such file there"}
+        assert pool.errors == 30
+
+
+def test_to_close_is_not_to_wait_for_an_answer(checker: str) -> None:
+    class Slow(Scripted):
+        def grade(self, items: Sequence[GradeItem], closed: Callable[[], bool]) -> list[Verdict]:
+            while not closed():
+                threading.Event().wait(0.01)
+            raise GraderLost("the pool was closed")
+
+    pool = RemoteGraders(lambda place: Slow(0, 0), 1, 5.0)
+    tickets = pool.submit(items_of(3, checker))
+    pool.close()
+    verdicts = pool.gather(tickets)
+    assert {v.error for v in verdicts} == {"the grader pool was closed"}
+    assert pool.errors == pool.lost == 0
