@@ -127,7 +127,8 @@ def details(found: dict[tuple[float, float, int], Outcome], hours: float, gpus: 
 
 #: Okabe and Ito's colours, which colour-blind readers tell apart; each line has a mark of its own, too
 INKS = {
-    0: ("#000000", "o", 1.4), 1: ("#E69F00", "s", 1.4), 4: ("#0072B2", "^", 2.4), math.inf: ("#009E73", "D", 4.0)
+    0: ("#000000", "o", 1.4), 1: ("#E69F00", "s", 1.4), 4: ("#0072B2", "^", 2.4),
+    math.inf: ("#009E73", "D", 4.0),
 }  # fmt: skip
 PAPER, FAINT = "#fdfcf9", "#6f6a62"
 
@@ -147,7 +148,8 @@ def draw(found: dict[tuple[float, float, int], Outcome], title: str, out: Path) 
             label = name(staleness) if hours == LLAMA else None
             order = 5 - width  # lines that lie on each other: the thinner on top
             axes.plot(
-                GPUS, rates, ls=dash, marker=mark, ms=4 + width, lw=width, color=colour, label=label, zorder=order
+                GPUS, rates, ls=dash, marker=mark, ms=4 + width, lw=width, color=colour, label=label,
+                zorder=order,
             )  # fmt: skip
     first = settled(found[4, LLAMA, GPUS[0]])
     axes.plot(
