@@ -141,16 +141,15 @@ def kills(config: rl.Config, base: Path, folder: Path, count: int, seed: int, ev
     killed: list[int] = []
 
     def kill(cluster: Cluster) -> None:
-        rng = random.Random(seed)
+        rng, dead = random.Random(seed), set[int]()  # those that nobody has missed yet, too
         while len(killed) < count and not over.wait(rng.expovariate(1 / every)):
             pids = dict(cluster._engine.crew.pids) if cluster._engine else {}  # type: ignore[attr-defined]
-            if pids:
-                place = rng.choice(sorted(pids))
-                try:
-                    os.kill(pids[place], signal.SIGKILL)
-                    killed.append(place)
-                except ProcessLookupError:  # dead, and not noticed yet
-                    pass
+            alive = [place for place, pid in sorted(pids.items()) if pid not in dead]
+            if alive:
+                place = rng.choice(alive)
+                os.kill(pids[place], signal.SIGKILL)
+                dead.add(pids[place])
+                killed.append(place)
 
     with Cluster("auto", Watch(), actors=2) as cluster:
         started = time.perf_counter()

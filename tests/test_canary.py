@@ -22,7 +22,7 @@ from liubai.errors import Diverged
 from liubai.model.transformer import Transformer
 from liubai.rollout.canary import MOVED, TOKENS, Canary, NotArrived, scores
 from liubai.rollout.engine import Request, generate
-from liubai.rollout.engines import BOUND, EngineConfig, canary_for
+from liubai.rollout.engines import BOUND, OUTSIDE, EngineConfig, canary_for
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.types import Sample
 
@@ -215,3 +215,11 @@ def test_an_engine_around_the_trainers_own_weights_needs_none() -> None:
     model = tiny_model(1)
     engine = TorchEngine(model, eos_ids=[1], slots=8, max_length=64)
     assert canary_for(EngineConfig(), engine, model, PROMPTS, temperature=1.0, max_tokens=9, seed=0) is None
+
+
+def test_another_program_is_given_more_room_than_the_same_code() -> None:
+    server = EngineConfig(kind="server", url="http://h:1")
+    for dtype, room in OUTSIDE.items():
+        assert EngineConfig().tolerance(dtype) == BOUND[dtype]
+        assert server.tolerance(dtype) == room >= BOUND[dtype]
+        assert server.model_copy(update={"bound": 0.3}).tolerance(dtype) == 0.3

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 
@@ -11,12 +13,16 @@ import pytest
 from crew import ScriptedCrew, length_of
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 import liubai.cluster.engine as module
+from liubai.cluster.connect import connect
 from liubai.cluster.crew import Lost, Report
 from liubai.cluster.engine import RemoteEngine
+from liubai.commands.shared import Elsewhere
 from liubai.errors import UserError
 from liubai.rollout.engine import Partial, Request, StaleWeights, generate
+from liubai.stages.view import LiveView, PlainView
 from liubai.types import Sample, Span
 
 
@@ -548,3 +554,45 @@ def test_to_close_is_to_end_them_all() -> None:
     crew = ScriptedCrew(1)
     engine_of(crew).close()
     assert crew.closed
+
+
+# ---- what a person sees and says ----
+
+
+def test_the_line_is_seen_in_both_views() -> None:
+    clock = Clock()
+    stream = io.StringIO()
+    plain = PlainView(stream, every=5.0, clock=clock)
+    for now in (0.0, 1.0, 14.0, 15.0, 16.0):
+        clock.now = now
+        plain.status(f"actors: at {now:g}")
+    assert stream.getvalue().splitlines() == ["  actors: at 0", "  actors: at 15"]
+    console = Console(file=io.StringIO(), width=120)
+    live = LiveView(console, clock=clock)
+    live.start("zero", "rl", 4)
+    live.status("actors: 0 idle")
+    console.print(live.picture())
+    live.finish("zero", False)
+    console.print(live.picture())
+    assert console.file.getvalue().count("actors: 0 idle") == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("actors", "trainers"), [(2, 1), (None, 2)])
+def test_what_is_for_a_cluster_needs_one(actors: int | None, trainers: int) -> None:
+    with pytest.raises(UserError, match="add --cluster auto"):
+        Elsewhere(None, actors, trainers)
+
+
+def test_ranks_are_no_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank was given the same options as the one who started it."""
+    monkeypatch.delenv("RANK", raising=False)
+    assert Elsewhere("auto", None, 2).needs_trainers()
+    assert not Elsewhere("auto", None, 1).needs_trainers()
+    monkeypatch.setenv("RANK", "1")
+    assert not Elsewhere("auto", None, 2).needs_trainers()
+
+
+def test_without_ray_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'liubai\[ray\]'"):
+        connect("127.0.0.1:1")
