@@ -474,8 +474,8 @@ def test_a_model_comes_together_whole_or_by_layers_as_the_trainer_does_it(
     assert h100["gathered"] == 6 * (2 * size.layer + size.ends)
     assert h200["gathered"] == 6 * size.parameters
     # what writes answers is whole on every rank
-    assert h100["other models"] == h200["other models"] == 2 * size.parameters
-    assert training_memory(job, DEVICES["h100"], 16_384, 1)["other models"] == 0
+    assert h100["whole models"] == h200["whole models"] == 2 * size.parameters
+    assert training_memory(job, DEVICES["h100"], 16_384, 1)["whole models"] == 0
 
 
 def test_the_bottleneck_is_said_in_words(seven: Path, tmp_path: Path) -> None:

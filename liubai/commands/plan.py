@@ -193,8 +193,8 @@ def _words(told: dict[str, Any]) -> str:
 
 
 def _head(stage: dict[str, Any]) -> str:
-    thin = "" if stage["trained"] == stage["parameters"] else f", {_big(stage['trained'])}trained"
-    size = f"{_big(stage['parameters'])}parameters{thin}"
+    thin = "" if stage["trained"] == stage["parameters"] else f", {_big(stage['trained'])} trained"
+    size = f"{_big(stage['parameters'])} parameters{thin}"
     return f"{stage['stage']} ({stage['kind']}): {stage['architecture']}, {size}"
 
 

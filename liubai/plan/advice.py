@@ -35,12 +35,13 @@ class Side:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """One way to share the machines out. ``step`` are the seconds of a step, ``rate`` the tokens a second
-    that it yields; ``parts`` GPUs make one engine of ``slots`` slots; ``fit`` answers of full length are in
-    its cache, at most."""
+    that it yields; ``parts`` GPUs make one engine, of its ``kind`` and with ``slots`` slots; ``fit`` answers
+    of full length are in its cache, at most."""
 
     way: Way
     trainer: Side
     rollout: Side
+    kind: str
     parts: int
     slots: int
     fit: int
@@ -132,7 +133,7 @@ class Planner:
         if trained is None:
             return None
         learning, microbatch = trained
-        kept = ("weights", "masters", "moments", "other models")
+        kept = ("weights", "masters", "moments", "whole models")
         states = sum(learning[name] for name in kept)
         if self.kind == "torch":  # a copy of the weights is there already
             states -= self.model.bytes
@@ -156,7 +157,7 @@ class Planner:
         sent = roofline.transfer(self.model, self.device, self.gpus) if self.gpus > 1 else 0.0
         step = writing.seconds + sum(update.values()) + sent
         return Layout(
-            way=way, trainer=Side(gpus=self.gpus, memory=learning), parts=1,
+            way=way, trainer=Side(gpus=self.gpus, memory=learning), kind=self.kind, parts=1,
             rollout=Side(gpus=self.gpus, memory=rollout), slots=self.slots, fit=fit, microbatch=microbatch,
             writing=writing, update=update, transfer=sent, step=step, rate=self.work.written / step,
         )  # fmt: skip
@@ -181,8 +182,9 @@ class Planner:
             step = max(writing.seconds, sum(update.values())) + sent
         return Layout(
             way=way, trainer=Side(gpus=trainer, memory=learning),
-            rollout=Side(gpus=engines * parts, memory=rollout), parts=parts, slots=self.slots, fit=fit,
-            microbatch=microbatch, writing=writing, update=update, transfer=sent, step=step,
+            rollout=Side(gpus=engines * parts, memory=rollout), kind=self.kind, parts=parts,
+            slots=self.slots, fit=fit, microbatch=microbatch, writing=writing, update=update, transfer=sent,
+            step=step,
             rate=self.work.written / step,
         )  # fmt: skip
 
@@ -314,7 +316,6 @@ def _more_at_once(layout: Layout) -> str:
             "fewer rollout GPUs lose little"
         )
     if layout.fit < layout.slots:
-        return (
-            "a cache for more answers: more memory, a lower max_tokens, or pages (vLLM) in the place of bands"
-        )
+        pages = ", or pages (vLLM) in the place of bands" if layout.kind == "torch" else ""
+        return f"a cache for more answers: more memory, or a lower max_tokens{pages}"
     return f"more slots than {layout.slots}"

@@ -136,7 +136,7 @@ def states(size: Sizes, how: Training) -> dict[str, float]:
     shares = {"weights": weights, "gradients": wide * size.trained, "masters": masters, "moments": moments}
     return {
         **{name: how.learners * value / how.ranks for name, value in shares.items()},
-        "other models": (how.frozen + (how.copy and how.ranks > 1)) * b * size.parameters,
+        "whole models": (how.frozen + (how.copy and how.ranks > 1)) * b * size.parameters,
     }
 
 
