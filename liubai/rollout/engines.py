@@ -40,10 +40,10 @@ from liubai.rollout.transport import FolderTransport, LoraTransport, Transport
 if TYPE_CHECKING:
     from liubai.cluster.connect import Cluster
 
-#: mean |Δ log-probability| that arithmetic alone explains: in the embedded engine, which shares the trainer's
-#: code, and in another program (vLLM and an untrained model of 0.6 B in bfloat16: 0.04, the worst that was
-#: seen). Weights that are many versions old make 0.2 (trl#5312); of those that are one small update old, only the
-#: canary's memory tells.
+#: mean |Δ log-probability| that arithmetic alone explains: in the embedded engine, which shares the
+#: trainer's code, and in another program (vLLM and an untrained model of 0.6 B in bfloat16: 0.04, the worst
+#: that was seen). Weights that are many versions old make 0.2 (trl#5312); of those that are one small update
+#: old, only the canary's memory tells.
 BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 OUTSIDE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
