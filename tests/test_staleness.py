@@ -68,7 +68,7 @@ def test_nothing_older_is_learned_from(
 ) -> None:
     (tmp_path / "checker.py").write_text("def check(gold, answer, meta):\n    return False\n")
     verifier = f"{tmp_path}/checker.py:check" if user_code else None
-    free = rollouts_of(base, pool, None, verifier)
+    free = rollouts_of(base, pool, None)  # bounded verifiers: nothing of the pool that the other one has
     bounded = rollouts_of(base, pool, bound, verifier)
     taken = Counter[int]()
     oldest = 0

@@ -85,6 +85,7 @@ class Rollouts:
         self._ended: list[int] = []  # those of the open groups whose answers have all ended, in order
         self._answers: dict[tuple[int, int], Answer] = {}
         self._tickets: dict[int, tuple[int, int]] = {}
+        self._void: set[int] = set()  # tickets of answers that were dropped
         self.seconds_grading = 0.0
 
     def collect(self, groups: int) -> list[GradedGroup]:
@@ -148,8 +149,7 @@ class Rollouts:
                 for j in old:
                     del done[j]
                     self._answers.pop((index, j), None)
-                gone = {(index, j) for j in old}
-                self._tickets = {ticket: at for ticket, at in self._tickets.items() if at not in gone}
+                self._void |= {t for t, (i, j) in self._tickets.items() if i == index and j in old}
                 self.engine.submit([self._request(index * self.samples + j) for j in old])
 
     def _take(self, request: Request, sample: Sample) -> None:
@@ -178,8 +178,11 @@ class Rollouts:
         if not self._tickets:
             return
         for ticket, verdict in self.pool.poll().items():
-            if ticket in self._tickets:  # and not on an answer that was dropped meanwhile
-                self._answer(*self._tickets.pop(ticket), verdict)
+            at = self._tickets.pop(ticket)
+            if ticket in self._void:  # on an answer that was dropped meanwhile
+                self._void.remove(ticket)
+            else:
+                self._answer(*at, verdict)
 
     def _answer(self, index: int, j: int, verdict: Verdict) -> None:
         sample = self._open[index][j]
