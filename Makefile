@@ -1,7 +1,7 @@
 # Two commands matter: `make zero` and `make test`. Everything is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: zero test test-llama test-vllm setup lint bench clean
+.PHONY: zero test test-llama test-vllm test-ray setup lint bench clean
 
 zero: setup
 	$(BIN)/liubai zero
@@ -37,6 +37,12 @@ test-llama: setup .venv-llama/ready
 .venv-llama/ready:
 	$(BIN)/pip install --no-deps --target .venv-llama llama-cpp-python==0.3.36 diskcache
 	@touch $@
+
+# Real clusters of several nodes on this machine, whose processes are killed: some minutes. In an environment
+# without Ray, `make test` skips them.
+test-ray: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[ray]'
+	$(BIN)/pytest tests/test_ray.py
 
 # Checkpoints in vLLM, and vLLM as the engine, on the CPU. It wants other versions than .venv has, and 3 GB.
 test-vllm: .venv-vllm/ready

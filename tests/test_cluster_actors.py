@@ -239,6 +239,10 @@ class Scripted:
     def __init__(self, die: float, seed: int) -> None:
         self.die, self.rng, self.ended = die, random.Random(seed), False
 
+    def wait(self, closed: Callable[[], bool]) -> None:
+        if self.rng.random() < self.die / 2:
+            raise GraderLost("it never came up")
+
     def grade(self, items: Sequence[GradeItem], closed: Callable[[], bool]) -> list[Verdict]:
         assert not self.ended
         if self.rng.random() < self.die:
@@ -248,6 +252,12 @@ class Scripted:
 
     def end(self) -> None:
         self.ended = True
+
+
+class Mortal(Scripted):
+    """Comes up each time."""
+
+    def wait(self, closed: Callable[[], bool]) -> None: ...
 
 
 def items_of(count: int, verifier: str) -> list[GradeItem]:
@@ -289,8 +299,9 @@ def test_every_verdict_comes_once_whoever_is_lost(die: float, checker: str) -> N
 
 
 def test_answers_that_cost_one_grader_after_the_other_are_errors(checker: str) -> None:
-    with RemoteGraders(lambda place: Scripted(1.0, 0), 1, 5.0) as pool:
+    with RemoteGraders(lambda place: Mortal(1.0, 0), 1, 5.0) as pool:
         (verdict,) = pool.gather(pool.submit(items_of(1, checker)))
+        pool.close()
         assert verdict.error == f"{LOSSES + 1} graders were lost: its node is gone"
         assert (pool.lost, pool.errors) == (LOSSES + 1, 1)
 

@@ -9,10 +9,11 @@ under the same path on every node.
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from liubai.cluster.actors import why_lost
 from liubai.grade.judge import GradeItem, Verdict, error_verdict
 from liubai.grade.pool import GraderPool
 
@@ -31,6 +32,9 @@ class GraderLost(Exception):
 
 class Grader(Protocol):
     """An actor as the pool sees it."""
+
+    def wait(self, closed: Callable[[], bool]) -> None:
+        """Until it is there. Raises as ``grade``."""
 
     def grade(self, items: Sequence[GradeItem], closed: Callable[[], bool]) -> list[Verdict]:
         """A verdict each. Raises :class:`GraderLost`, also once ``closed`` says so."""
@@ -53,6 +57,7 @@ class RemoteGraders(GraderPool):
         self.lost = 0
         self._hire, self._done = hire, done
         self._places = itertools.count()
+        self._losses = Counter[int]()  # by ticket
 
     def close(self) -> None:
         super().close()
@@ -62,28 +67,40 @@ class RemoteGraders(GraderPool):
 
     def _serve(self) -> None:
         """Keep the actor of one place alive and feed it batches until the pool is closed."""
-        place, grader, losses = next(self._places), None, 0
+        place, grader = next(self._places), None
         batch: deque[tuple[int, GradeItem]] = deque()
-        while batch := batch or self._take():
+        while not self._closed:
             try:
-                grader = grader or self._hire(place)
+                if grader is None:  # before anything is taken: others may be free for it meanwhile
+                    grader = self._hire(place)
+                    grader.wait(lambda: self._closed)
+                if not (batch := self._take()):
+                    break
                 verdicts = grader.grade([item for _, item in batch], lambda: self._closed)
             except GraderLost as lost:
-                grader, losses = None, losses + 1
-                if self._closed:
-                    break
-                self.lost += 1
-                if losses <= LOSSES:
-                    continue
-                verdicts = [error_verdict(item, f"{losses} graders were lost: {lost}") for _, item in batch]
+                grader = None
+                if not self._closed:
+                    self.lost += 1
+                    self._put_back(batch, lost)
             except Exception as error:  # a thread that ended here would leave the pool waiting for ever
-                verdicts = [error_verdict(item, f"no grader could say: {error}") for _, item in batch]
-            for (ticket, _), verdict in zip(batch, verdicts, strict=True):
-                self._finish(ticket, verdict)
-            batch.clear()
-            losses = 0
+                for ticket, item in batch:
+                    self._finish(ticket, error_verdict(item, f"no grader could say: {error}"))
+            else:
+                for (ticket, _), verdict in zip(batch, verdicts, strict=True):
+                    self._finish(ticket, verdict)
+            batch = deque()
         if grader is not None:
             grader.end()
+
+    def _put_back(self, batch: deque[tuple[int, GradeItem]], lost: GraderLost) -> None:
+        """First in the queue again, but for answers that have cost too many graders."""
+        for ticket, item in batch:
+            self._losses[ticket] += 1
+            if self._losses[ticket] > LOSSES:
+                self._finish(ticket, error_verdict(item, f"{LOSSES + 1} graders were lost: {lost}"))
+        with self._changed:
+            self._waiting.extendleft(job for job in reversed(batch) if job[0] in self._open)
+            self._changed.notify_all()
 
 
 class GraderActor:
@@ -91,6 +108,9 @@ class GraderActor:
 
     def __init__(self, timeout_s: float) -> None:
         self.pool = GraderPool(timeout_s=timeout_s)
+
+    def here(self) -> list[Verdict]:
+        return []
 
     def grade(self, items: Sequence[GradeItem]) -> list[Verdict]:
         return self.pool.gather(self.pool.submit(items))
@@ -105,11 +125,16 @@ class RayGrader:
         kind = ray.remote(GraderActor)
         self._actor: Any = kind.options(**places.options(place), max_restarts=0).remote(timeout_s)
 
+    def wait(self, closed: Callable[[], bool]) -> None:
+        self._get(self._actor.here.remote(), closed)
+
     def grade(self, items: Sequence[GradeItem], closed: Callable[[], bool]) -> list[Verdict]:
+        return self._get(self._actor.grade.remote(items), closed)
+
+    def _get(self, ref: Any, closed: Callable[[], bool]) -> list[Verdict]:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        ref = self._actor.grade.remote(items)
         while not ray.wait([ref], timeout=LOOK)[0]:
             if closed():
                 self.end()
@@ -117,7 +142,7 @@ class RayGrader:
         try:
             verdicts: list[Verdict] = ray.get(ref)
         except RayActorError as error:
-            raise GraderLost(str(error)) from error
+            raise GraderLost(why_lost(error)) from error
         except RayTaskError as error:
             raise error.cause from error
         return verdicts
