@@ -10,6 +10,7 @@ Another one that happens to be running is never joined.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Grader actors at most, where there are more nodes: each has processes of its own.
 GRADERS = 8
+#: Seconds that a cluster may take to answer.
+ANSWERS = 10.0
 
 
 class Cluster:
@@ -166,14 +169,17 @@ def connect(address: str, beside: int = 0) -> None:
                 **quiet,
             )
         return
-    if ":" not in address or "://" in address:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "://" in address:
         raise UserError(
             f"--cluster '{address}': auto, or HOST:PORT as `ray start --head` printed it, given on a machine "
             "of that cluster"
         )
     try:
+        # Ray would try for minutes
+        socket.create_connection((host.strip("[]"), int(port)), ANSWERS).close()
         ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"no Ray cluster answers at '{address}' ({_first_line(error)}); is it running, and is this "
             "machine one of it?"

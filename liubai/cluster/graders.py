@@ -9,6 +9,7 @@ under the same path on every node.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,8 +21,10 @@ from liubai.grade.pool import GraderPool
 if TYPE_CHECKING:
     from liubai.cluster.placement import Places
 
-#: Actors that may be lost over the same answers before these count as errors.
+#: Actors that may be lost over the same answers before these count as errors, or in a row in one place.
 LOSSES = 5
+#: Seconds before the next one is started.
+PAUSE = 0.2
 #: Seconds between two looks at whether the pool was closed meanwhile.
 LOOK = 0.2
 
@@ -57,6 +60,7 @@ class RemoteGraders(GraderPool):
         self.lost = 0
         self._hire, self._done = hire, done
         self._places = itertools.count()
+        self._abandoned = 0
         self._losses = Counter[int]()  # by ticket
 
     def close(self) -> None:
@@ -67,21 +71,26 @@ class RemoteGraders(GraderPool):
 
     def _serve(self) -> None:
         """Keep the actor of one place alive and feed it batches until the pool is closed."""
-        place, grader = next(self._places), None
+        place, grader, absent = next(self._places), None, 0
         batch: deque[tuple[int, GradeItem]] = deque()
         while not self._closed:
             try:
                 if grader is None:  # before anything is taken: others may be free for it meanwhile
                     grader = self._hire(place)
                     grader.wait(lambda: self._closed)
+                absent = 0
                 if not (batch := self._take()):
                     break
                 verdicts = grader.grade([item for _, item in batch], lambda: self._closed)
             except GraderLost as lost:
-                grader = None
-                if not self._closed:
-                    self.lost += 1
-                    self._put_back(batch, lost)
+                if self._closed:
+                    break
+                grader, absent = None, absent + 1
+                self._put_back(batch, lost)
+                if absent > LOSSES:
+                    self._give_up(lost)
+                    break
+                time.sleep(PAUSE)
             except Exception as error:  # a thread that ended here would leave the pool waiting for ever
                 for ticket, item in batch:
                     self._finish(ticket, error_verdict(item, f"no grader could say: {error}"))
@@ -92,6 +101,14 @@ class RemoteGraders(GraderPool):
         if grader is not None:
             grader.end()
 
+    def _give_up(self, lost: GraderLost) -> None:
+        """In this place no grader comes up. Others do, or nothing can be judged any more."""
+        with self._changed:
+            self._abandoned += 1
+        while self._abandoned == self.workers and (batch := self._take()):
+            for ticket, item in batch:
+                self._finish(ticket, error_verdict(item, f"no grader comes up: {lost}"))
+
     def _put_back(self, batch: deque[tuple[int, GradeItem]], lost: GraderLost) -> None:
         """First in the queue again, but for answers that have cost too many graders."""
         for ticket, item in batch:
@@ -99,6 +116,7 @@ class RemoteGraders(GraderPool):
             if self._losses[ticket] > LOSSES:
                 self._finish(ticket, error_verdict(item, f"{LOSSES + 1} graders were lost: {lost}"))
         with self._changed:
+            self.lost += 1
             self._waiting.extendleft(job for job in reversed(batch) if job[0] in self._open)
             self._changed.notify_all()
 
