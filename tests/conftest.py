@@ -7,8 +7,10 @@ outputs, unit norms and zero biases, and would hide a mistake in any of them.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -112,20 +114,42 @@ class Silent:
             raise Killed
 
 
+#: of a base that is pre-trained in seconds
+TINY_SHAPE = pretrain.ModelShape(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+)
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a pre-training stage: seconds of it, enough to have answers of all lengths."""
     folder = tmp_path_factory.mktemp("base") / "1-base"
-    shape = pretrain.ModelShape(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-    )
-    config = pretrain.Config(steps=30, tokens_per_step=1024, model=shape)
+    config = pretrain.Config(steps=30, tokens_per_step=1024, model=TINY_SHAPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Context, "_tensorboard", lambda self, step, metrics: None)
         pretrain.run(config, Context(folder, 0, {}, Silent()))
     return folder
+
+
+@pytest.fixture
+def liubai_(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., SimpleNamespace]:
+    """Run a command line in this process: its exit code, ``out`` and ``err``."""
+    from liubai import cli
+
+    def call(*arguments: str) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["liubai", *arguments])
+        try:
+            code = cli.main()
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=code, out=printed.out, err=printed.err)
+
+    return call

@@ -17,13 +17,14 @@ from typing import Any
 
 import pytest
 import toy_stage
+import typer
 
 import liubai
 import liubai.stages
 from liubai import cli
 
 ROOT = Path(liubai.__file__).parent.parent
-COMMANDS = ("run", "zero", "eval", "grade", "report", "chat", "export")
+COMMANDS = tuple(sorted(typer.main.get_command(cli.app).commands))  # type: ignore[attr-defined]
 RECIPE = 'name = "toys"\n[stages.base]\nkind = "toy"\nsteps = 4\n'
 
 
@@ -33,28 +34,6 @@ def _toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     toy_stage.register(liubai.stages.KINDS)
     monkeypatch.setattr("liubai.stages.context.Context._tensorboard", lambda *_: None)
     monkeypatch.chdir(tmp_path)
-
-
-class Result(SimpleNamespace):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def liubai_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a command line in this process."""
-
-    def call(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["liubai", *arguments])
-        try:
-            code = cli.main()
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        printed = capsys.readouterr()
-        return Result(code=code, out=printed.out, err=printed.err)
-
-    return call
 
 
 def spawn(*arguments: str, code: str = "", **options: Any) -> subprocess.Popen[str]:
@@ -71,7 +50,7 @@ def spawn(*arguments: str, code: str = "", **options: Any) -> subprocess.Popen[s
     )
 
 
-def mistake(result: Result) -> str:
+def mistake(result: SimpleNamespace) -> str:
     """The one line that a user's mistake gets."""
     assert result.code == 2
     assert result.out == ""

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import tiny_config, tiny_model
 
-from liubai import cli
 from liubai.errors import UserError
 from liubai.grade import check_verifier
 from liubai.grade.judge import CAGED
@@ -31,22 +28,10 @@ from liubai.text.tokenizer import TextTokenizer
 from liubai.types import Problem
 
 
-@pytest.fixture
-def liubai_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """Run a command line in this process, somewhere else."""
+@pytest.fixture(autouse=True)
+def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("liubai.stages.context.Context._tensorboard", lambda *_: None)
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["liubai", *arguments])
-        try:
-            code = cli.main()
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        printed = capsys.readouterr()
-        return SimpleNamespace(code=code, out=printed.out, err=printed.err)
-
-    return call
 
 
 # ---- init and check ----

@@ -4,27 +4,27 @@ nobody who does not ask for it notices."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Silent
-from torch import Tensor
+from scripted_engine import ScriptedEngine
 
 import liubai.stages.rl as rl
 from liubai.errors import UserError
 from liubai.grade import GraderPool, RewardWeights
 from liubai.problems import world_vocabulary
 from liubai.recipe import load_recipe
-from liubai.rollout.engine import Partial, Request
+from liubai.rollout.engine import Request
 from liubai.stages import pretrain
 from liubai.stages.context import Context
 from liubai.stages.rl_metrics import rollout_metrics
 from liubai.stages.rollouts import Rollouts, passage_of, supported
 from liubai.text.template import BARE, Template
-from liubai.text.tokenizer import TextTokenizer, word_level
-from liubai.types import Problem, Sample, Span, Stop
+from liubai.text.tokenizer import word_level
+from liubai.types import Problem, Stop
 
 PASSAGE = Problem(
     "anna has 3 red cups . ben has 5 blue hats . summarise",
@@ -99,42 +99,10 @@ def test_the_problem_may_ask_for_more_and_has_to_ask_in_order() -> None:
 # ---- from an answer to its reward ----
 
 
-class Scripted:
-    """An engine that says ``SAID`` about passages, the last request first, and a number about sums; every
-    seventh answer is cut off."""
-
-    version = 0
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self.tokenizer, self.waiting = tokenizer, list[Request]()
-
-    @property
-    def pending(self) -> int:
-        return len(self.waiting)
-
-    def load(self, weights: Mapping[str, Tensor], version: int) -> None: ...
-
-    def submit(self, requests: Iterable[Request]) -> None:
-        self.waiting += requests
-
-    def step(self) -> list[tuple[Request, Sample]]:
-        return [(r, self.answer(r)) for r in [self.waiting.pop() for _ in range(3) if self.waiting]]
-
-    def answer(self, request: Request) -> Sample:
-        stop = Stop.LENGTH if request.id % 7 == 0 else Stop.EOS
-        said = SAID[request.id % len(SAID)][0]
-        text = f"then </think> <answer> {said} </answer>{self.tokenizer.eos if stop is Stop.EOS else ''}"
-        ids = tuple(self.tokenizer.encode(text))
-        return Sample(request.prompt_ids, ids, (-1.0,) * len(ids), stop, (Span(0, len(ids)),))
-
-    def abort(self) -> list[tuple[Request, Sample]]:
-        return []
-
-    def partials(self) -> list[Partial]:
-        return [Partial(r) for r in self.waiting]
-
-    def resume(self, partials: Sequence[Partial]) -> None:
-        self.waiting += [p.request for p in partials]
+def said(request: Request) -> tuple[str, Stop]:
+    """``SAID`` about passages, a number about sums; every seventh answer is cut off."""
+    text = f"then </think> <answer> {SAID[request.id % len(SAID)][0]} </answer>"
+    return text, Stop.LENGTH if request.id % 7 == 0 else Stop.EOS
 
 
 @pytest.fixture
@@ -147,7 +115,7 @@ def test_every_answer_earns_its_own_share_and_sums_earn_none(pool: GraderPool) -
     tokenizer = word_level(world_vocabulary({"passage": 1.0, "total": 1.0}))
     plain = RewardWeights(correct=0.0, wrong=0.0, no_answer=-1.0)
     rollouts = Rollouts(
-        Scripted(tokenizer),
+        ScriptedEngine(tokenizer, said),
         Template(tokenizer, BARE),
         lambda index: (PASSAGE, SUM)[index % 2],
         pool,

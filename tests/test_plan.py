@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from liubai import cli
 from liubai.errors import UserError
 from liubai.learn.optim import Optimizer
 from liubai.model.config import ModelConfig
@@ -65,22 +62,6 @@ ROUND = Device(
     layer_seconds=0.25,
     hop_seconds=0.0,
 )  # fmt: skip
-
-
-@pytest.fixture
-def liubai_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run a command line in this process: (exit code, output, errors)."""
-
-    def call(*arguments: str) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["liubai", *arguments])
-        try:
-            code = cli.main()
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-        printed = capsys.readouterr()
-        return SimpleNamespace(code=code, out=printed.out, err=printed.err)
-
-    return call
 
 
 # memory

@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from scripted_engine import ScriptedEngine
 from torch import Tensor
 
 from liubai.grade import GraderPool, RewardWeights
 from liubai.model.checkpoint import load
 from liubai.model.transformer import Transformer
 from liubai.problems import family, problem_at
-from liubai.rollout.engine import Partial, Request, generate
+from liubai.rollout.engine import Request, generate
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.seeds import derive, stream
 from liubai.stages.rl_metrics import shuffle_rewards
@@ -178,39 +179,8 @@ def test_rollouts_go_on_elsewhere_bit_for_bit(
     assert json.dumps(here.state()) == json.dumps(there.state())
 
 
-class Scripted:
-    """An engine that answers the last request first, two a step, as it is told."""
-
-    version = 0
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self.tokenizer, self.waiting = tokenizer, list[Request]()
-
-    @property
-    def pending(self) -> int:
-        return len(self.waiting)
-
-    def load(self, weights: Mapping[str, Tensor], version: int) -> None: ...
-
-    def submit(self, requests: Iterable[Request]) -> None:
-        self.waiting += requests
-
-    def step(self) -> list[tuple[Request, Sample]]:
-        return [(r, self.answer(r)) for r in [self.waiting.pop() for _ in range(2) if self.waiting]]
-
-    def answer(self, request: Request) -> Sample:
-        text = f"3 </think> <answer> {request.id} </answer>{self.tokenizer.eos}"
-        ids = tuple(self.tokenizer.encode(text))
-        return Sample(request.prompt_ids, ids, (-1.0,) * len(ids), Stop.EOS, (Span(0, len(ids)),))
-
-    def abort(self) -> list[tuple[Request, Sample]]:
-        return []
-
-    def partials(self) -> list[Partial]:
-        return [Partial(r) for r in self.waiting]
-
-    def resume(self, partials: Sequence[Partial]) -> None:
-        self.waiting += [p.request for p in partials]
+def number(request: Request) -> tuple[str, Stop]:
+    return f"3 </think> <answer> {request.id} </answer>", Stop.EOS
 
 
 @pytest.mark.parametrize("user_code", [False, True])
@@ -221,7 +191,7 @@ def test_every_verdict_reaches_its_own_sample(
     (tmp_path / "checker.py").write_text("def check(gold, answer, meta):\n    return answer == gold\n")
     verifier = f"{tmp_path}/checker.py:check" if user_code else "exact"
     rollouts = Rollouts(
-        Scripted(world),
+        ScriptedEngine(world, number, at_once=2),
         Template(world, BARE),
         lambda index: Problem(f"{index}", str(index * 4 + index % 4), verifier),
         pool,

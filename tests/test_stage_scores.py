@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Silent, scramble, tiny_config
+from scripted_engine import ScriptedEngine
 from torch import Tensor
 
 from liubai.errors import UserError
 from liubai.grade import GraderPool, RewardWeights, Verdict
 from liubai.learn.packing import Sequence1
 from liubai.model.scorer import Scorer, save_scorer
-from liubai.rollout.engine import Partial, Request
+from liubai.rollout.engine import Request
 from liubai.stages import process
 from liubai.stages.context import Context
 from liubai.stages.evaluate import SCORES, Evaluation, wins
@@ -249,42 +250,10 @@ def pool() -> Iterator[GraderPool]:
         yield pool
 
 
-class Scripted:
-    """An engine whose answers are all of different lengths, the last request's first; the even ones are
-    right."""
-
-    version = 0
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self.tokenizer, self.waiting = tokenizer, list[Request]()
-
-    @property
-    def pending(self) -> int:
-        return len(self.waiting)
-
-    def load(self, weights: Mapping[str, Tensor], version: int) -> None: ...
-
-    def submit(self, requests: Iterable[Request]) -> None:
-        self.waiting += requests
-
-    def step(self) -> list[tuple[Request, Sample]]:
-        return [(r, self.answer(r)) for r in [self.waiting.pop() for _ in range(3) if self.waiting]]
-
-    def answer(self, request: Request) -> Sample:
-        thought = "3 " * (1 + 5 * request.id % 31)
-        answer = 7 if request.id % 2 == 0 else 8
-        text = f"{thought}</think> <answer> {answer} </answer>{self.tokenizer.eos}"
-        ids = tuple(self.tokenizer.encode(text))
-        return Sample(request.prompt_ids, ids, (-1.0,) * len(ids), Stop.EOS, (Span(0, len(ids)),))
-
-    def abort(self) -> list[tuple[Request, Sample]]:
-        return []
-
-    def partials(self) -> list[Partial]:
-        return [Partial(r) for r in self.waiting]
-
-    def resume(self, partials: Sequence[Partial]) -> None:
-        self.waiting += [p.request for p in partials]
+def said(request: Request) -> tuple[str, Stop]:
+    """Answers are all of different lengths; the even ones are right."""
+    thought = "3 " * (1 + 5 * request.id % 31)
+    return f"{thought}</think> <answer> {7 if request.id % 2 == 0 else 8} </answer>", Stop.EOS
 
 
 RULE = RewardWeights(correct=2.0, wrong=-3.0, format=0.25)
@@ -315,7 +284,7 @@ def test_preferences_reach_their_answers_and_weights_their_kinds(
 
     own, default = (LIKED, RULE) if liked == "errand" else (RULE, LIKED)
     rollouts = Rollouts(
-        Scripted(world),
+        ScriptedEngine(world, said),
         Template(world, BARE),
         problem_at,
         pool,

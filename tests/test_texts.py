@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Killed, Silent, scramble
+from conftest import TINY_SHAPE, Killed, Silent, scramble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,14 +26,6 @@ from liubai.text.tokenizer import BOS, EOS, TAGS, byte_level
 SUMS = [(f"What is {a} plus {b}?", str(a + b)) for a in range(10, 30) for b in (5, 17, 400)]
 TEXTS = [f"{question} <think> {a} </think> <answer> {a} </answer>" for question, a in SUMS]
 TOKENIZER = byte_level(TEXTS, 320)
-SHAPE = pretrain.ModelShape(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-)
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -182,7 +174,7 @@ def test_rows_without_a_question_are_plain_text_of_any_kind(tmp_path: Path) -> N
 def test_bits_a_byte_are_those_of_each_text_alone(book: Path) -> None:
     texts = Texts(path=str(book), vocabulary=320)
     tokenizer, _ = pretrain.read(texts)
-    model = pretrain.build(pretrain.model_config(SHAPE, tokenizer), 0)
+    model = pretrain.build(pretrain.model_config(TINY_SHAPE, tokenizer), 0)
     scramble(model, 3)
     rows = held_out_texts(Texts(path=str(book), eval_share=0.5))
     documents = pretrain.encoded(rows, texts, tokenizer)
@@ -210,7 +202,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_killed_and_resumed_ends_in_the_same_bits(notes: Path, tmp_path: Path) -> None:
     texts = Texts(path=str(notes), vocabulary=320)
-    config = pretrain.Config(steps=8, tokens_per_step=512, model=SHAPE, texts=texts, save_every=2)
+    config = pretrain.Config(steps=8, tokens_per_step=512, model=TINY_SHAPE, texts=texts, save_every=2)
     pretrain.run(config, Context(tmp_path / "whole", 1, {}, Silent()))
     with pytest.raises(Killed):
         pretrain.run(config, Context(tmp_path / "killed", 1, {}, Silent(kill_at=5)))
@@ -222,7 +214,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(notes: Path, tmp_path: Path) -
 
 def test_a_book_is_read_and_asked_about_and_goes_on_in_the_same_bits(book: Path, tmp_path: Path) -> None:
     texts = Texts(path=str(book), vocabulary=320)
-    config = pretrain.Config(steps=40, tokens_per_step=512, model=SHAPE, texts=texts, save_every=10)
+    config = pretrain.Config(steps=40, tokens_per_step=512, model=TINY_SHAPE, texts=texts, save_every=10)
     pretrain.run(config, Context(tmp_path / "whole", 1, {}, Silent()))
     with pytest.raises(Killed):
         pretrain.run(config, Context(tmp_path / "killed", 1, {}, Silent(kill_at=25)))
@@ -243,7 +235,7 @@ def test_a_book_is_read_and_asked_about_and_goes_on_in_the_same_bits(book: Path,
 def test_what_was_read_begins_as_a_prompt_does(notes: Path, tmp_path: Path) -> None:
     """The tokens under which the model learned to answer are those that it is asked with."""
     config = pretrain.Config(
-        steps=1, tokens_per_step=64, model=SHAPE, texts=Texts(path=str(notes), vocabulary=320)
+        steps=1, tokens_per_step=64, model=TINY_SHAPE, texts=Texts(path=str(notes), vocabulary=320)
     )
     pretrain.run(config, Context(tmp_path / "run", 0, {}, Silent()))
     _, tokenizer = load(tmp_path / "run" / "checkpoint")
