@@ -10,7 +10,7 @@ import pytest
 
 from liubai.grade import GradeItem, Verdict, grade
 from liubai.grade.verse import read_verse
-from liubai.report import unread, verse, write_report
+from liubai.report import headline, unread, verse, write_report
 from liubai.report.read import Curve, read_run
 from liubai.stages.rl_metrics import rollout_metrics
 from liubai.stages.rollouts import Answer, GradedGroup
@@ -64,6 +64,8 @@ def test_bits_a_byte_over_tokens_and_seconds(tmp_path: Path) -> None:
     assert "<td>600</td><td>12</td><td>2.500</td><td>2.400</td>" in part.body
     assert "On 12 texts, 3,456 bytes" in part.body
     assert 'id="unread"' in write_report(tmp_path).read_text()
+    # no checkpoint was evaluated: that is what the run has to say
+    assert headline(tmp_path) == f"Text that was not read: {part.finding}"
 
 
 def test_other_runs_have_no_such_part(tmp_path: Path) -> None:

@@ -11,11 +11,10 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from liubai.report.read import Curve, Run, Stage, number, read_run
+from liubai.report.read import Curve, Run, Stage, number
 
 Row = tuple[str, str, str]  #: (key in eval.json, label, how to print it: percent or number)
 
@@ -108,40 +107,6 @@ def show(value: float | None, form: str) -> str:
     if form == "%":
         return f"{100 * value:.1f} %"
     return f"{value:,.{form}f}"
-
-
-def headline(run: Path) -> str:
-    """The headline table as plain text. Raises ``UserError`` when ``run`` is not a run folder.
-
-    Two checkpoints read "before → after", a line a measure; more of them get a line each.
-    """
-    read = read_run(run)
-    evaluated = evaluations(read)
-    if not evaluated:
-        return f"{read.name}: nothing has been evaluated yet"
-    measures = columns(evaluated)
-    both = pair(read)
-    if both is not None and len(evaluated) == 2:
-        before, after = both
-        cells = [["", before.label, "", after.label]]
-        cells += [
-            [label, show(before.value(key), form), "→", show(after.value(key), form)]
-            for key, label, form in measures
-        ]
-    else:
-        cells = [["checkpoint", *(label for _, label, _ in measures)]]
-        cells += [[e.label, *(show(e.value(key), form) for key, _, form in measures)] for e in evaluated]
-    return align(cells)
-
-
-def align(cells: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first flush left; Chinese characters are two columns wide."""
-    widths = [max(wide(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = []
-    for row in cells:
-        pads = [" " * (w - wide(c)) for w, c in zip(widths, row, strict=True)]
-        lines.append("  ".join([row[0] + pads[0], *(p + c for p, c in zip(pads[1:], row[1:], strict=True))]))
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def wide(text: str) -> int:
