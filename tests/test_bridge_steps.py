@@ -16,7 +16,7 @@ from torch import Tensor
 from liubai.grade import GradeItem, Verdict, grade
 from liubai.measure.bridge import Asked, Written, bridge
 from liubai.measure.bridge_gold import golds
-from liubai.measure.bridge_steps import MOST_STEPS, Cutter, Frame, Thought, cuts, frame_of, shuffled
+from liubai.measure.bridge_steps import MOST_STEPS, Cutter, Frame, Piece, Thought, cuts, frame_of, shuffled
 from liubai.model.transformer import Transformer
 from liubai.problems import family
 from liubai.problems.countdown import parse, tries
@@ -88,6 +88,19 @@ def test_bytes_and_whole_words_are_cut_at_the_same_places() -> None:
     assert tokenizer.decode(made.ids) in (text, f"{text} ")
 
 
+def test_a_cut_before_a_second_thought_is_before_its_token(words: TextTokenizer) -> None:
+    """The blank before a word belongs to the word's token, with whole words and with bytes alike."""
+    text = "s 1 wait s 2"
+    merged = byte_level([f"{text} </think> <answer> 1 </answer>"] * 9, 400)
+    for tokenizer, cut in ((words, 2), (merged, None)):
+        ids = tokenizer.encode(f"{text} </think> <answer> 1 </answer>")
+        made = Cutter(tokenizer, Frame()).thought(Problem("q", "1", "number", "nobody's"), ids, True)
+        assert made is not None
+        assert [piece.text for piece in made.pieces] == ["s 1", "wait s 2"]
+        assert tokenizer.decode(made.ids[: made.pieces[0].cut]).strip() == "s 1"
+        assert cut is None or made.pieces[0].cut == cut
+
+
 def test_a_blank_before_the_end_of_the_thought_is_written_once() -> None:
     """Against sequences alone, of a tokenizer and a manner of writing that are not the small world's."""
     tokenizer = byte_level(["one two <think> </think> <answer> </answer>"], 300)
@@ -150,6 +163,17 @@ def test_only_a_new_order_is_a_shuffle(words: TextTokenizer) -> None:
     assert single is not None
     assert sorted(single) == sorted(words.encode("s 1 2"))
     assert shuffled(thought(words, "s s s"), random.Random(0)) is None
+
+
+def test_unlike_steps_of_one_word_have_no_other_order(words: TextTokenizer) -> None:
+    """Its steps are "wait wait" and "wait": in any order the same three tokens."""
+    ids = tuple(words.encode("wait wait wait"))
+    stuck = Thought(ids, (Piece("wait wait", 2), Piece("wait", 3)), (True, True, True))
+    for made in (stuck, thought(words, "wait wait wait")):
+        assert shuffled(made, random.Random(0)) is None
+    # and where two of three say the same, there is one
+    mixed = Thought((5, 5, 6), (Piece("a", 1), Piece("a", 2), Piece("b", 3)), (True, True, True))
+    assert shuffled(mixed, random.Random(0)) in {(5, 6, 5), (6, 5, 5)}
 
 
 # ---- which answer ----

@@ -11,6 +11,7 @@ import pytest
 from html_page import Page
 
 from liubai.report.bridge import section, section_of, write_alone
+from liubai.report.bridge_charts import apart
 from liubai.report.bridge_draw import Series, Spread, Spreads, spread
 from liubai.report.bridge_view import LEVELS, level
 from liubai.report.read import read_run
@@ -92,6 +93,57 @@ def test_titles_of_one_checkpoint() -> None:
     assert alone["steps"] == "Right steps buy more than wrong ones"
     assert titles(told(worth=0.1))["utility"] == "On average thoughts buy Base nothing, within the noise"
     assert titles(told(worth=-2.0))["utility"] == "A thought costs Base 2.00 bits"
+
+
+def unsure(value: Any) -> Any:
+    """The same estimates, of a single problem."""
+    if isinstance(value, dict) and "mean" in value:
+        return value | {"low": None, "high": None, "stderr": None}
+    if isinstance(value, dict):
+        return {key: unsure(each) for key, each in value.items()}
+    return [unsure(each) for each in value] if isinstance(value, list) else value
+
+
+def test_without_intervals_nothing_is_told_apart() -> None:
+    """Two points without intervals are as far apart as they like: nobody knows what chance does."""
+    assert apart(Spread(0.0, 0.0, 0.0, sure=False), Spread(9.0, 8.0, 10.0)) == 0
+    assert apart(Spread(0.0, -1.0, 1.0), Spread(9.0, 9.0, 9.0, sure=False)) == 0
+    assert apart(Spread(0.0, -1.0, 1.0), Spread(9.0, 8.0, 10.0)) == 1
+    both = unsure(told(worth=1.0)), unsure(told("Zero", worth=5.0, entropy=0.1))
+    said = titles(*both)
+    assert said["utility"] == "Thoughts buy Zero as much as Base, within the noise"
+    assert said["path"] == "Where Zero is right, it takes a path as wide as Base's and buys as much"
+    assert said["places"] == "What a right answer costs after other thoughts"
+    alone = titles(unsure(told(worth=2.0)))
+    assert alone["utility"] == "What a thought buys"
+    assert alone["entropy-right"] == "Right: Base's answer stays open to the end, within the noise"
+    assert alone["chance"] == "Half-way, Base would be right as often as at the end, within the noise"
+    assert alone["steps"] == "Right steps buy no more than wrong ones, within the noise"
+    finding = section_of([both[0]]).finding
+    assert "Base 1.00 bits (of too few for an interval)" in finding
+
+
+def test_the_titles_of_curves_ask_the_intervals() -> None:
+    """Means that fall below a half, or rise, in intervals so wide that they say nothing."""
+
+    def curved(half: float) -> dict[str, Any]:
+        each = told()["curve"]["all"]
+        wide = {
+            key: [cell(e["mean"], half if key == "entropy" else half / 4) for e in each[key]]
+            for key in ("nll", "entropy", "chance")
+        }
+        return told(curve=dict.fromkeys(GROUPS, wide | {"share": each["share"]}))
+
+    noise, some = titles(curved(2.1)), titles(curved(1.5))
+    assert noise["entropy-right"] == "Right: Base's answer stays open to the end, within the noise"
+    assert noise["chance"] == "Half-way, Base would be right as often as at the end, within the noise"
+    assert some["entropy-right"] == "Right: Base ends surer than it began"  # by how much is not known
+    cost = {"empty": 5.0, "own": 3.0, "another": 5.0, "shuffled": 5.1, "foreign": 9.0}
+    within = told(nll={g: {name: cell(bits) for name, bits in cost.items()} for g in GROUPS})
+    assert titles(within)["places"] == "In another order, Base's steps buy nothing, within the noise"
+    cost["shuffled"] = 7.0
+    worse = told(nll={g: {name: cell(bits) for name, bits in cost.items()} for g in GROUPS})
+    assert titles(worse)["places"] == "In another order, Base's steps are worse than none"
 
 
 def test_the_finding_names_every_checkpoint() -> None:
@@ -204,6 +256,7 @@ def test_a_run_is_read_as_far_as_it_is_there(tmp_path: Path) -> None:
 
 
 def test_estimates_are_read_with_care() -> None:
-    assert spread({"mean": 1.0, "low": None, "high": None}) == Spread(1.0, 1.0, 1.0)
+    assert spread({"mean": 1.0, "low": None, "high": None}) == Spread(1.0, 1.0, 1.0, sure=False)
+    assert spread({"mean": 1.0, "low": 0.5, "high": 2.0}) == Spread(1.0, 0.5, 2.0)
     for nothing in (None, 3, {}, {"mean": None}, {"mean": float("nan")}, {"mean": True}):
         assert spread(nothing) is None

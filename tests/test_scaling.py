@@ -1,21 +1,13 @@
-"""Planted curves are recovered within their intervals; what data cannot say is said so; points are read from
-files and run folders as they are counted by hand."""
+"""Planted curves are recovered within their intervals; what data cannot say is said so."""
 
 from __future__ import annotations
 
-import json
 import math
-import struct
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from liubai.commands.scaling import scaling
 from liubai.errors import UserError
 from liubai.measure.scaling import (
     FORMS,
@@ -31,10 +23,7 @@ from liubai.measure.scaling import (
     resampled,
     with_intervals,
 )
-from liubai.measure.scaling_points import averaged, of_file, of_runs, parameters
 from liubai.measure.scaling_verdict import analyse, as_json, held_out
-from liubai.report.read import read_run
-from liubai.report.scaling import section
 from liubai.report.svg import log_ticks
 
 SIGMOID = {"R": 0.1, "A": 0.7, "M": 3e13, "B": 0.9}
@@ -252,6 +241,8 @@ def test_residuals_are_relative_for_losses_and_absolute_for_shares() -> None:
         ([Point(0.0, 0.5)], "above 0"),
         ([Point(1.0, math.nan)], "finite"),
         ([Point(1.0, 2.0), Point(2.0, -1.0)], "losses must be above 0"),
+        ([Point(1.0, 2.0, share=True)], "shares must be from 0 to 1"),
+        ([Point(1.0, 0.5, share=True), Point(2.0, 0.5, share=False)], "some of its points say"),
     ],
 )
 def test_values_that_no_fit_can_take(points: list[Point], sentence: str) -> None:
@@ -259,185 +250,46 @@ def test_values_that_no_fit_can_take(points: list[Point], sentence: str) -> None
         data_of(points)
 
 
+def falling(share: bool | None) -> list[Point]:
+    """An accuracy that training ruins: ten points from 0.9 down to nothing."""
+    xs = np.geomspace(1, 1e3, 10).tolist()
+    return [Point(x, 0.9 - 0.1 * i, "ruined", share=share) for i, x in enumerate(xs)]
+
+
+def test_a_share_is_what_is_called_one() -> None:
+    """A falling accuracy is a share, and a rising loss below 1 is none; of what nobody called anything the
+    slope decides."""
+    down, rising = falling(True), [Point(p.x, 1 - p.y) for p in falling(None)]
+    assert data_of(down).share
+    assert not data_of([replace(p, y=p.y + 0.05, share=None) for p in down]).share
+    assert data_of(rising).share
+    called = data_of([replace(p, share=False) for p in rising])
+    assert not called.share
+    assert called.weight_N.tolist() == pytest.approx([1 / p.y for p in rising])
+
+
+def test_a_falling_accuracy_that_ends_at_0_stands_beside_a_good_loss() -> None:
+    loss = [Point(p.x, p.y, "loss", share=False) for p in planted("saturating", LOSS, 10)]
+    ruined, good = analyse([*falling(True), *loss], draws=20)
+    assert as_json(ruined)["share"]
+    assert ruined.fits
+    assert good.fits
+    # a file that does not say: it can only be taken for a loss, which cannot be 0
+    ruined, good = analyse([*falling(None), *loss], draws=20)
+    assert ruined.fits == []
+    assert set(ruined.refused) == set(FORMS)
+    assert ruined.words == ("Not fitted: losses must be above 0: errors are counted relative to them.",)
+    assert as_json(ruined)["fits"] == []
+    assert good.fits
+    with pytest.raises(UserError, match="ruined: losses must be above 0"):
+        analyse(falling(None), draws=20)
+
+
 def test_a_part_of_the_data_keeps_its_rows() -> None:
     data = data_of([Point(float(i), 4.0 / i) for i in range(1, 9)])
     part = data.part([5, 2])
     assert isinstance(part, Data)
     assert part.y_N.tolist() == [4.0 / 6, 4.0 / 3]
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def written(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def test_a_file_of_points(tmp_path: Path) -> None:
-    rows = [
-        {"x": 10, "y": 0.5, "series": "a", "axis": "tokens"},
-        {"n": 100, "d": 1000, "y": 3.5},
-        {"x": 2, "scores": [1, 0, 0, 1]},
-    ]
-    points = of_file(written(tmp_path / "p.jsonl", rows))
-    assert points[0] == Point(10.0, 0.5, "a", axis="tokens")
-    assert (points[1].x, points[1].n, points[1].d) == (600_000, 100, 1000)
-    assert points[2].y == 0.5
-
-
-@pytest.mark.parametrize(
-    ("row", "sentence"),
-    [
-        ({"x": 1}, "p.jsonl:1: 'y' must be a number, not null"),
-        ({"x": "many", "y": 1}, "'x' must be a number"),
-        ({"x": 0, "y": 1}, "x, n and d must be above 0"),
-        ({"x": 1, "y": 1, "n": 5}, "n and d come together"),
-        ({"x": 1, "y": True}, "'y' must be a number"),
-        ({"x": 1, "y": 1, "why": 2}, "'why' is none of"),
-        ({"x": 1, "scores": ["a"]}, "'scores' is a list of numbers"),
-    ],
-)
-def test_a_wrong_file_gets_a_sentence(tmp_path: Path, row: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        of_file(written(tmp_path / "p.jsonl", [row]))
-
-
-def test_nothing_is_no_curve(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no points"):
-        of_file(written(tmp_path / "p.jsonl", []))
-    with pytest.raises(UserError, match="no run folder"):
-        of_runs([tmp_path])
-    (tmp_path / "recipe.toml").write_text('[stages.x]\nkind = "sft"\n')
-    with pytest.raises(UserError, match="no stage with a curve"):
-        of_runs([tmp_path])
-
-
-# --- run folders ----------------------------------------------------------------------------------
-
-
-def weights(folder: Path, *shapes: tuple[int, ...]) -> None:
-    """A safetensors file with nothing but its header."""
-    folder.mkdir(parents=True)
-    header = {
-        f"w{i}": {"dtype": "F32", "shape": list(s), "data_offsets": [0, 0]} for i, s in enumerate(shapes)
-    }
-    text = json.dumps(header | {"__metadata__": {"format": "pt"}}).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A base of 100 parameters, RL on it with an evaluation each second step, and three ways of answering."""
-    out = tmp_path / "run"
-    stages = [
-        ("base", "pretrain", ""),
-        ("zero", "rl", "base"),
-        *((f"vote{k}", "eval", "zero") for k in (1, 2, 4)),
-    ]
-    recipe = 'name = "r"\n' + "".join(
-        f'[stages.{name}]\nkind = "{kind}"\n' + (f'from = ["{origin}"]\n' if origin else "")
-        for name, kind, origin in stages
-    )
-    weights(out / "1-base" / "checkpoint", (10, 8), (20,))
-    weights(out / "2-zero" / "checkpoint", (100,))
-    (out / "recipe.toml").write_text(recipe)
-    rows = [{"step": i, "loss": 3.0 / i, "tokens": 50 * i} for i in range(1, 41)]
-    written(out / "1-base" / "metrics.jsonl", rows)
-    rl: list[dict[str, Any]] = [
-        {"step": i, "accuracy": 0.1 * i, "step_tokens": 10.0, "update_tokens": 4.0}
-        | ({"eval/pass@1": 0.1 * i + 0.01} if i % 2 == 0 else {})
-        for i in range(1, 9)
-    ]
-    written(out / "2-zero" / "metrics.jsonl", rl)
-    for place, k in enumerate((1, 2, 4), 3):
-        folder = out / f"{place}-vote{k}"
-        folder.mkdir()
-        told = {"label": "Zero", "pass@1": 0.5, "mean_tokens": 30.0, "way": {"kind": "vote", "number": k}}
-        told |= {"tokens_spent": 30.0 * k, "tokens_judged": 5.0}
-        (folder / "eval.json").write_text(json.dumps(told))
-        (folder / "scores.json").write_text(json.dumps({"scores": [["p", [1.0, 0.0]], ["q", [0.5, 0.5]]]}))
-    return out
-
-
-def test_compute_is_counted_as_by_hand(run: Path) -> None:
-    assert parameters(run / "1-base" / "checkpoint") == 100
-    points = of_runs([run])
-    loss = [p for p in points if p.series == "base: loss"]
-    # the first 3 % are warm-up, and the rest is averaged in stretches
-    assert 10 < len(loss) <= 16
-    assert all(a.x < b.x and a.y > b.y for a, b in pairwise(loss))
-    assert loss[0].x > 0.03 * 6 * 100 * 2000
-    assert loss[-1].x <= 6 * 100 * 2000
-    practised = [p for p in points if p.series == "zero: accuracy of rollouts"]
-    assert [p.x for p in practised] == [100 * (2 * 10 + 6 * 4) * i for i in range(1, 9)]
-    assert [p.y for p in practised] == pytest.approx([0.1 * i for i in range(1, 9)])
-    held = [p for p in points if p.series == "zero: held-out accuracy"]
-    assert [p.x for p in held] == [4400 * i for i in (2, 4, 6, 8)]
-    votes = [p for p in points if p.series == "zero: vote"]
-    assert [p.x for p in votes] == [35.0, 65.0, 125.0]
-    assert votes[0].scores == (0.5, 0.5)
-    assert votes[0].axis == "tokens an answer"
-
-
-def test_answers_without_paths_give_pass_at_k(run: Path) -> None:
-    folder = run / "3-vote1"
-    (folder / "eval.json").write_text(json.dumps({"label": "Zero", "pass@1": 0.25, "mean_tokens": 20.0}))
-    scores = [["p", [1.0, 0.0, 0.0, 0.0]], ["q", [0.0, 1.0, 0.9, 0.0]]]
-    (folder / "scores.json").write_text(json.dumps({"scores": scores}))
-    found = [p for p in of_runs([run]) if p.series.startswith("Zero: best of k")]
-    assert [(p.x, pytest.approx(p.y)) for p in found] == [(20.0, 0.25), (40.0, 0.5), (80.0, 1.0)]
-
-
-def test_several_runs_show_what_one_cannot(run: Path, tmp_path: Path) -> None:
-    (run / "3-vote1" / "eval.json").write_text(
-        json.dumps({"label": "Zero", "pass@1": 0.25, "mean_tokens": 20.0})
-    )
-    found = of_runs([run, run])
-    last = next(p for p in found if p.series == "base: last loss")
-    assert (last.n, last.d, last.x) == (100, 2000, 6 * 100 * 2000)
-    assert last.y == pytest.approx((3 / 39 + 3 / 40) / 2)
-    spent = next(p for p in found if p.series == "Zero: accuracy")
-    assert spent.x == 6 * 100 * 2000 + 8 * 4400
-    assert any(p.series == "run · zero: vote" for p in found)
-
-
-def test_stretches_keep_the_mean() -> None:
-    pairs = [(float(x), 2.0) for x in range(1, 200)]
-    found = averaged(pairs)
-    assert len(found) <= 16
-    assert all(y == 2.0 for _, y in found)
-    assert averaged(pairs[:5]) == pairs[:5]
-
-
-def test_the_command_writes_what_the_report_shows(run: Path, tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(scaling)
-    points = planted("sigmoid", SIGMOID, 10, 0.01)
-    file = written(tmp_path / "p.jsonl", [{"x": p.x, "y": p.y, "series": "a <b>"} for p in points])
-    result = CliRunner().invoke(app, [file, "--draws", "20", "--json"])
-    told = json.loads(result.stdout)["series"][0]
-    assert {found["form"] for found in told["fits"]} == set(FORMS) - {"chinchilla"}
-    assert len(told["fits"][0]["curve"]) == 4
-    for _, y, low, high in zip(*told["fits"][0]["curve"], strict=True):
-        assert low - 0.05 <= y <= high + 0.05
-    # the run has too few points for some of its series, and enough for others
-    kept = CliRunner().invoke(app, [str(run), "--draws", "20", "--keep"])
-    assert kept.exit_code == 0, kept.output
-    assert "Not fitted, for there are points at 3 different x alone" in kept.stdout
-    part = section(read_run(run))
-    assert part is not None
-    assert any("zero: accuracy of rollouts" in chart.title for chart in part.charts)
-    for chart in part.charts:
-        assert "<svg" in chart.svg
-    (run / "scaling.json").write_text(json.dumps({"series": [told]}))
-    shown = section(read_run(run))
-    assert shown is not None
-    assert "<b>a &lt;b&gt;</b>" in shown.body
-
-
-def test_a_run_without_fits_has_no_part_in_the_report(run: Path) -> None:
-    assert section(read_run(run)) is None
 
 
 def test_ticks_of_a_logarithmic_axis() -> None:

@@ -68,7 +68,7 @@ class Bridged:
     model wrote that, the entropy that it was taken from and its own surprise."""
 
     written: Written
-    tokens: float  #: of a right answer, the mean
+    tokens: float  #: that are scored of a right answer, the mean: its own, and the one that ends it
     nll: dict[str, float] = field(default_factory=dict)
     curve: list[float] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)
@@ -124,7 +124,7 @@ def bridge(
                 )
         scored = score(model, [plan.tree for plan in plans])
         found += [
-            _read(told[start + i], asked[told[start + i].problem], cutter, plan, scores)
+            _read(told[start + i], plan, scores)
             for i, (plan, scores) in enumerate(zip(plans, scored, strict=True))
         ]
         if progress:
@@ -184,11 +184,11 @@ def _nodes(tree: TokenTree, node: int, tail: Tail) -> list[int]:
     return [at for at, counts in zip(path, tail.scored, strict=True) if counts]
 
 
-def _read(mine: Written, asked: Asked, cutter: Cutter, plan: _Plan, scores: Scores) -> Bridged:
+def _read(mine: Written, plan: _Plan, scores: Scores) -> Bridged:
     logprobs, entropies = scores.logprobs_T.tolist(), scores.entropies_T.tolist()
     parents = plan.tree.parents
     curve = [_nll(right, logprobs) for right, _ in plan.steps]
-    counts = [cutter.tail(answer).count for answer in asked.right]
+    counts = [len(path) for path in plan.steps[-1][0]]
     return Bridged(
         mine,
         sum(counts) / len(counts),

@@ -91,7 +91,8 @@ def _nll(found: Sequence[Bridged]) -> dict[str, Any]:
 
 
 def _perplexity(found: Sequence[Bridged]) -> dict[str, Any]:
-    """Two to the mean bits per token of the answer."""
+    """Two to the mean bits per scored token. Where several right answers are added up it is the perplexity of
+    no single sequence: the bits are those of any of them, the tokens their mean."""
     rows = [[b.nll.get(c, math.nan) / b.tokens for c in CONTEXTS] for b in found]
     means = bootstrap(np.reshape(rows, (-1, len(CONTEXTS))), _problems(found))
     return _named(CONTEXTS, [_raised(e) for e in means])

@@ -77,11 +77,10 @@ def frame_of(responses: Sequence[str]) -> Frame:
 @dataclass(frozen=True, slots=True)
 class Tail:
     """What closes a thought and gives an answer, up to the token that ends the answer; ``scored`` are the
-    answer's ``count`` tokens and that one, without which 1 would be the beginning of 12."""
+    answer's tokens and that one, without which 1 would be the beginning of 12."""
 
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
-    count: int
 
 
 class Cutter:
@@ -101,7 +100,7 @@ class Cutter:
             mine = [i for i, (start, end) in enumerate(encoded.offsets) if start < b and end > a]
             stop = mine[-1] + 2  # and the token that ends it
             scored = tuple(mine[0] <= i for i in range(stop))
-            self._tails[key] = Tail(tuple(encoded.ids[:stop]), scored, len(mine))
+            self._tails[key] = Tail(tuple(encoded.ids[:stop]), scored)
         return self._tails[key]
 
     def known(self, answer: str) -> bool:
@@ -174,7 +173,8 @@ def cuts(text: str, start: int, end: int) -> list[int]:
     sentences and before words of second thoughts; in a single sentence, at commas."""
     inner = text[start:end]
     places = {m.end() for pattern in (_LINE, _SENTENCE) for m in pattern.finditer(inner)}
-    places |= {m.start() for m in PATTERN.finditer(inner)}
+    # a blank before a word is a part of the word's token: a place behind it would cut behind the word
+    places |= {len(inner[: m.start()].rstrip(" ")) for m in PATTERN.finditer(inner)}
     full = _full(inner, places)
     if len(full) == 2:
         full = _full(inner, {m.end() for m in _COMMA.finditer(inner)})
@@ -211,7 +211,9 @@ def shuffled(thought: Thought, rng: random.Random) -> tuple[int, ...] | None:
     by_word = [*(i for i, begins in enumerate(thought.words) if begins), len(thought.ids)]
     for bounds in (by_step, by_word):
         parts = [thought.ids[a:b] for a, b in pairwise(bounds)]
-        if len(set(parts)) > 1:
+        # all orders are one where every two parts commute; those that commute with the first do so with
+        # each other, for they repeat the same tokens
+        if any(part + parts[0] != parts[0] + part for part in parts):
             while True:
                 rng.shuffle(parts)
                 ids = tuple(id for part in parts for id in part)

@@ -38,7 +38,7 @@ STARTS, ZOOMS, FINE = 4, 10, 5  #: of the search: starts, refinements, places a 
 @dataclass(frozen=True, slots=True)
 class Point:
     """``scores``: the same measure by problem, where it is known; ``y`` is then their mean. ``axis`` says
-    what x is, with its unit."""
+    what x is, with its unit; ``share`` whether y is a share, from 0 to 1, or a loss, where that is known."""
 
     x: float
     y: float
@@ -47,6 +47,7 @@ class Point:
     d: float | None = None
     scores: tuple[float, ...] = ()
     axis: str = "x"
+    share: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +118,20 @@ def data_of(points: Sequence[Point]) -> Data:
     y_N = np.array([p.y for p in points], float)
     if not (np.isfinite(x_NK).all() and (x_NK > 0).all() and np.isfinite(y_N).all()):
         raise UserError("a scaling fit needs x (n, d) above 0 and finite y: its axes are logarithmic")
-    share = bool((y_N >= 0).all() and (y_N <= 1).all() and rises(x_NK.prod(1), y_N))
+    inside = bool((y_N >= 0).all() and (y_N <= 1).all())
+    said = {p.share for p in points} - {None}
+    if len(said) > 1:
+        raise UserError("a series is of shares or of losses; some of its points say one, some the other")
+    share = said == {True} if said else inside and rises(x_NK.prod(1), y_N)
+    if share and not inside:
+        raise UserError("shares must be from 0 to 1")
     if not share and (y_N <= 0).any():
         raise UserError("losses must be above 0: errors are counted relative to them")
     return Data(x_NK, y_N, share, np.ones_like(y_N) if share else 1 / y_N)
 
 
 def rises(x_N: Array, y_N: Array) -> bool:
-    """Does y grow with x, by and large?"""
+    """Does y grow with x, by and large? What nobody has called a share or a loss is a share if it does."""
     lx = np.log(x_N) - np.log(x_N).mean()
     return float(lx @ (y_N - y_N.mean())) >= 0
 

@@ -1,14 +1,16 @@
 """Points for scaling fits: from a file, and from what run folders hold.
 
 Compute is counted by the usual rule, with N parameters: 6N FLOP a token learned from, 2N a token written.
-Prompts, graders, attention over long contexts and rewritten activations are not counted. Of one run:
+Prompts, graders, attention over long contexts and rewritten activations are not counted, nor PPO's critic,
+what a teacher, a reference or a reward model reads, and the answers of ``sample`` stages. Of one run:
 
 - ``pretrain``: loss against compute, averaged in stretches of the run;
 - ``rl``, ``ppo``: held-out accuracy, and accuracy of the rollouts, against compute since the stage began;
 - ``eval`` by paths: accuracy against tokens an answer, a series a checkpoint and kind of paths; without,
   pass@k against the tokens of k answers: best of k for whoever could tell.
 
-Of several runs also: the last loss over N and D, and each evaluation against all the compute behind it.
+Of several runs also: the last loss over N and D, and each evaluation against the compute of all stages behind
+it that learn.
 """
 
 from __future__ import annotations
@@ -26,23 +28,28 @@ from liubai.measure.passk import pass_at_k
 from liubai.measure.scaling import Point
 from liubai.problems.rows import read_rows
 
-TRAINED = ("pretrain", "sft", "rl", "ppo", "distill")
 REINFORCED = ("rl", "ppo")
+PRACTISED = (*REINFORCED, "distill")  #: learn from what they write: a row has the tokens of its step
+TAUGHT = ("pretrain", "sft", "dpo", "reward_model", "process")  #: a row has the tokens read up to there
+LEAVES = dict.fromkeys((*PRACTISED, *TAUGHT), "checkpoint")  #: the folder of what has learned
+LEAVES |= {"reward_model": "reward_model", "process": "process_model"}
 STRETCHES = 16  #: points that a noisy curve is averaged to
 WARM = 0.03  #: of pre-training: the first share, where the learning rate still rises
 LEAST_EVALS = 4  #: held-out evaluations that make a series
+SHARES = {"true": True, "false": False, "none": None, "": None}
+KEYS = ("x", "y", "n", "d", "series", "axis", "scores", "share")  #: of a file's rows
 
 Stage = tuple[Path, dict[str, Any]]  #: (folder, table of the recipe)
 
 
 def of_file(path: str) -> list[Point]:
-    """Rows {"x", "y", "n"?, "d"?, "series"?, "axis"?, "scores"?}; x may be left out where n and d are, and is
-    then 6nd. Raises ``UserError`` with file and line."""
+    """Rows {"x", "y", "n"?, "d"?, "series"?, "axis"?, "scores"?, "share"?}; x may be left out where n and d
+    are, and is then 6nd. Raises ``UserError`` with file and line."""
     points = []
     for line, row in read_rows(path):
-        unknown = row.keys() - {"x", "y", "n", "d", "series", "axis", "scores"}
+        unknown = row.keys() - set(KEYS)
         if unknown:
-            raise UserError(f"{path}:{line}: '{min(unknown)}' is none of x, y, n, d, series, axis, scores")
+            raise UserError(f"{path}:{line}: '{min(unknown)}' is none of {', '.join(KEYS)}")
         n, d = (None if row.get(key) is None else _number(row, key, path, line) for key in ("n", "d"))
         if (n is None) != (d is None):
             raise UserError(f"{path}:{line}: n and d come together: parameters and tokens")
@@ -57,7 +64,10 @@ def of_file(path: str) -> list[Point]:
         if min(v for v in (x, n, d) if v is not None) <= 0:
             raise UserError(f"{path}:{line}: x, n and d must be above 0: the axes are logarithmic")
         series, axis = str(row.get("series", "")), str(row.get("axis", "x"))
-        points.append(Point(x, y, series, n, d, tuple(map(float, scores)), axis))
+        share = str(row.get("share")).lower()  # true, or "true" in a table's cell
+        if share not in SHARES:
+            raise UserError(f"{path}:{line}: 'share' is true (y is from 0 to 1) or false (a loss)")
+        points.append(Point(x, y, series, n, d, tuple(map(float, scores)), axis, SHARES[share]))
     if not points:
         raise UserError(f'\'{path}\' holds no points; each line is one {{"x": …, "y": …}}')
     return points
@@ -134,20 +144,26 @@ def _of_stage(prefix: str, name: str, stage: Stage, stages: Mapping[str, Stage])
         seen = [(6 * size * row["tokens"], row["loss"]) for row in rows if _has(row, "tokens", "loss")]
         warm = WARM * max((x for x, _ in seen), default=0.0)
         for x, y in averaged([pair for pair in seen if pair[0] > warm]):
-            yield Point(x, y, f"{prefix}{name}: loss", axis=axis)
+            yield Point(x, y, f"{prefix}{name}: loss", axis=axis, share=False)
         return
     axis, spent = "RL compute (FLOP)", 0.0
     held, practised = [], []
     for row in rows:
-        spent += size * (2 * row.get("step_tokens", 0.0) + 6 * row.get("update_tokens", 0.0))
-        if spent and _has(row, "eval/pass@1"):
-            held.append((spent, row["eval/pass@1"]))
+        # a step's answers are those of the weights before it: of the first one no compute had been spent
         if spent and _has(row, "accuracy"):
             practised.append((spent, row["accuracy"]))
+        spent += _of_step(row, size)
+        if spent and _has(row, "eval/pass@1"):
+            held.append((spent, row["eval/pass@1"]))
     if len(held) >= LEAST_EVALS:
-        yield from (Point(x, y, f"{prefix}{name}: held-out accuracy", axis=axis) for x, y in held)
+        yield from (Point(x, y, f"{prefix}{name}: held-out accuracy", axis=axis, share=True) for x, y in held)
     for x, y in averaged(practised):
-        yield Point(x, y, f"{prefix}{name}: accuracy of rollouts", axis=axis)
+        yield Point(x, y, f"{prefix}{name}: accuracy of rollouts", axis=axis, share=True)
+
+
+def _of_step(row: Mapping[str, Any], size: int) -> float:
+    """FLOP of one step that writes and learns from it."""
+    return size * float(2 * row.get("step_tokens", 0.0) + 6 * row.get("update_tokens", 0.0))
 
 
 def averaged(pairs: Sequence[tuple[float, float]], stretches: int = STRETCHES) -> list[tuple[float, float]]:
@@ -176,14 +192,20 @@ def _of_evaluation(prefix: str, name: str, stage: Stage, stages: Mapping[str, St
     way = told.get("way")
     if isinstance(way, dict):
         parent = next(
-            (p for p in _parents(stage[1]) if (stages.get(p, (None, {}))[1]).get("kind") in TRAINED), ""
+            (
+                p
+                for p in _parents(stage[1])
+                if p in stages and LEAVES.get(stages[p][1].get("kind", "")) == "checkpoint"
+            ),
+            "",
         )
         kind = str(way.get("kind", "paths"))
         if kind == "sample" and (way.get("thinking_budget") is not None or way.get("think_at_least")):
             kind = "length of the thought"
         spent = float(told.get("tokens_spent") or tokens) + float(told.get("tokens_judged") or 0.0)
         means = tuple(sum(row) / len(row) for row in graded) if all(graded) else ()
-        yield Point(spent, float(y), f"{prefix}{parent}: {kind}", scores=means, axis="tokens an answer")  # type: ignore[arg-type]
+        series = f"{prefix}{parent}: {kind}"
+        yield Point(spent, float(y), series, scores=means, axis="tokens an answer", share=True)  # type: ignore[arg-type]
         return
     k = 1
     most = min(map(len, graded), default=0)
@@ -196,6 +218,7 @@ def _of_evaluation(prefix: str, name: str, stage: Stage, stages: Mapping[str, St
             f"{prefix}{label}: best of k, for whoever could tell",
             scores=each,
             axis="tokens of k answers",
+            share=True,
         )
         k *= 2
 
@@ -211,19 +234,18 @@ def _across(runs: Sequence[Path]) -> Iterator[Point]:
                 if last:
                     loss, tokens = sum(row["loss"] for row in last) / len(last), last[-1]["tokens"]
                     x, series = 6 * size * tokens, f"{name}: last loss"
-                    yield Point(
-                        x, loss, series, float(size), float(tokens), axis="pre-training compute (FLOP)"
-                    )
+                    axis = "pre-training compute (FLOP)"
+                    yield Point(x, loss, series, float(size), float(tokens), axis=axis, share=False)
             if table.get("kind") == "eval":
                 told, spent = _object(folder / "eval.json"), _spent(name, stages)
                 if spent and _finite(told.get("pass@1")) and not told.get("way"):
                     label = str(told.get("label", name))
                     axis = "compute of all training (FLOP)"
-                    yield Point(spent, float(told["pass@1"]), f"{label}: accuracy", axis=axis)
+                    yield Point(spent, float(told["pass@1"]), f"{label}: accuracy", axis=axis, share=True)
 
 
 def _spent(name: str, stages: Mapping[str, Stage]) -> float:
-    """The compute of all that stage ``name`` comes from."""
+    """The compute of all that has learned and that stage ``name`` comes from."""
     todo, seen, total = [name], set(), 0.0
     while todo:
         current = todo.pop()
@@ -232,13 +254,14 @@ def _spent(name: str, stages: Mapping[str, Stage]) -> float:
         seen.add(current)
         folder, table = stages[current]
         todo += _parents(table)
-        if table.get("kind") not in TRAINED:
+        kind = table.get("kind", "")
+        if kind not in LEAVES:
             continue
-        rows, size = _rows(folder), parameters(folder / "checkpoint")
-        if table.get("kind") in ("pretrain", "sft"):
-            total += 6 * size * (rows[-1].get("tokens", 0.0) if rows else 0.0)
+        rows, size = _rows(folder), parameters(folder / LEAVES[kind])
+        if kind in PRACTISED:
+            total += sum(_of_step(row, size) for row in rows)
         else:
-            total += size * sum(2 * r.get("step_tokens", 0.0) + 6 * r.get("update_tokens", 0.0) for r in rows)
+            total += 6 * size * (rows[-1].get("tokens", 0.0) if rows else 0.0)
     return total
 
 

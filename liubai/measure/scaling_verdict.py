@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,12 +55,14 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One series of points with its fits, the best by AICc first; ``refused``: form → why it was not fitted.
-    ``wins``: form → the share of bootstrap samples of the best fit in which it does better. ``held``: form →
-    how well the top was foretold from the lower part."""
+    """One series of points with its fits, the best by AICc first. ``data`` is ``None`` where no form can take
+    the values; ``refused``: form → why it was not fitted; ``wins``: form → the share of bootstrap samples of
+    the best fit in which it does better; ``held``: form → how well the top was foretold from the lower
+    part."""
 
     name: str
     points: Sequence[Point]
+    data: Data | None
     fits: Sequence[Fit]
     refused: Mapping[str, str]
     wins: Mapping[str, float]
@@ -70,13 +72,15 @@ class Series:
 
 
 def analyse(points: Sequence[Point], draws: int = DRAWS, seed: int = 0) -> list[Series]:
-    """Each series of ``points`` for itself. Raises ``UserError`` where no series has enough of them."""
+    """Each series of ``points`` for itself. Raises ``UserError`` where none of them can be fitted."""
     names = list(dict.fromkeys(point.series for point in points))
     found = [
         _series(name, [p for p in points if p.series == name], draws, derive(seed, name)) for name in names
     ]
+    if found and all(series.data is None for series in found):
+        raise UserError(f"{found[0].name or 'points'}: {next(iter(found[0].refused.values()))}")
     if not any(series.fits for series in found):
-        most = max((len({p.x for p in series.points}) for series in found), default=0)
+        most = max((len({p.x for p in series.points}) for series in found if series.data), default=0)
         raise UserError(
             f"a scaling fit needs {LEAST_POINTS} points at different x in one series at the least; the "
             f"largest series has {most}. Add points, or give them the same series"
@@ -85,7 +89,11 @@ def analyse(points: Sequence[Point], draws: int = DRAWS, seed: int = 0) -> list[
 
 
 def _series(name: str, points: Sequence[Point], draws: int, seed: int) -> Series:
-    data = data_of(points)
+    try:
+        data = data_of(points)
+    except UserError as error:
+        words = (f"Not fitted: {error}.",)
+        return Series(name, points, None, [], dict.fromkeys(FORMS, str(error)), {}, {}, False, words)
     planar = data.x_NK.shape[1] == 2
     forms = ("chinchilla",) if planar else ("sigmoid", "saturating", "power")
     scores: Scores = [point.scores for point in points]
@@ -99,8 +107,8 @@ def _series(name: str, points: Sequence[Point], draws: int, seed: int) -> Series
     fits.sort(key=lambda found: found.aicc)
     won = wins(data, fits, scores, draws, derive(seed, "wins"))
     held = {f.form: h for f in fits if (h := held_out(f.form, data)) is not None}
-    series = Series(name, points, fits, refused, won, held, by_problem(scores), ())
-    return Series(name, points, fits, refused, won, held, series.by_problem, tuple(in_words(series, data)))
+    series = Series(name, points, data, fits, refused, won, held, by_problem(scores), ())
+    return replace(series, words=tuple(in_words(series, data)))
 
 
 def wins(data: Data, fits: Sequence[Fit], scores: Scores, draws: int, seed: int) -> dict[str, float]:
@@ -224,16 +232,16 @@ def _error(value: float, data: Data, signed: bool = False) -> str:
 def as_json(series: Series) -> dict[str, Any]:
     """``scaling.json``'s entry: points, fits, and curves with their 95 % band to draw. ``alike``: forms that
     the data cannot tell from the best."""
-    data = data_of(series.points)
+    data = series.data
     best, n = next(iter(series.fits), None), len(series.points)
     alike = [f.form for f in series.fits[1:] if best and not apart(best, f, series.wins[f.form], n)]
     return {
         "series": series.name,
         "axis": series.points[0].axis,
         "points": [[p.x, p.y] if p.n is None else [p.x, p.y, p.n, p.d] for p in series.points],
-        "share": data.share,
+        "share": data.share if data else series.points[0].share,
         "bootstrap": "problems" if series.by_problem else "residuals",
-        "fits": [_fit_json(found, data) for found in series.fits],
+        "fits": [_fit_json(found, data) for found in series.fits] if data else [],
         "alike": alike,
         "refused": dict(series.refused),
         "wins": dict(series.wins),

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from liubai.files import write_text
 from liubai.report.bridge_charts import Found, at, bits, charts, label
+from liubai.report.bridge_draw import style
 from liubai.report.bridge_view import tables, thoughts
 from liubai.report.read import Run, read_object
 from liubai.report.section import Section
@@ -31,8 +32,7 @@ def section(run: Run) -> Section | None:
 
 
 def section_of(found: Sequence[Found]) -> Section:
-    style = Markup("<style>{}</style>").format(Markup((HERE / "bridge.css").read_text(encoding="utf-8")))
-    body = style + tables(found) + thoughts(found)
+    body = style(HERE / "bridge.css") + tables(found) + thoughts(found)
     return Section(
         "bridge", "The bridge from question to answer", "从问到答的桥", _finding(found), charts(found), body
     )
@@ -91,7 +91,8 @@ def _finding(found: Sequence[Found]) -> str:
             for group in ("right", "wrong")
             if (s := at(told, "utility", group))
         ]
-        about = f"{bits(worth.mean)} bits ({bits(worth.low)} to {bits(worth.high)})"
+        between = f"{bits(worth.low)} to {bits(worth.high)}" if worth.sure else "of too few for an interval"
+        about = f"{bits(worth.mean)} bits ({between})"
         parts.append(f"{label(told)} {about}, {' and '.join(halves)}")
     if not parts:
         return "There was no thought to measure."

@@ -1,6 +1,6 @@
 """The figures of the bridge: titles say what the intervals allow.
 
-Two means are called different when their 95 % intervals do not meet.
+Two means are called different when their 95 % intervals do not meet, and never when one of them has none.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def bits(value: float) -> str:
 
 
 def apart(a: Spread | None, b: Spread | None) -> int:
-    """1 when ``b`` is above ``a`` beyond their intervals, −1 when below, 0 when they meet or one is not
-    there."""
-    if a is None or b is None:
+    """1 when ``b`` is above ``a`` beyond their intervals, −1 when below, 0 when they meet or one of these is
+    not there."""
+    if a is None or b is None or not (a.sure and b.sure):
         return 0
     return 1 if b.low > a.high else -1 if b.high < a.low else 0
 
@@ -119,7 +119,7 @@ def _worth(found: Sequence[Found]) -> Spreads:
             0: f"Thoughts buy {label(last)} as much as {label(first)}, within the noise",
             -1: f"A thought buys {label(last)} less than {label(first)}",
         }[moved(found, "utility", "all")]
-    elif worth is None:
+    elif worth is None or not worth.sure:
         said = "What a thought buys"
     elif worth.low <= 0 <= worth.high:
         said = f"On average thoughts buy {label(last)} nothing, within the noise"
@@ -147,11 +147,12 @@ def _places(found: Sequence[Found]) -> Spreads:
     title = "What a right answer costs after other thoughts"
     if own and empty and mixed and apart(own, empty) > 0:
         kept = (empty.mean - mixed.mean) / (empty.mean - own.mean)
-        title = (
-            f"In another order, {label(last)}'s steps keep {kept:.0%} of what they buy"
-            if kept > 0
-            else f"In another order, {label(last)}'s steps are worse than none"
-        )
+        if apart(empty, mixed) > 0:
+            title = f"In another order, {label(last)}'s steps are worse than none"
+        elif apart(empty, mixed) < 0:
+            title = f"In another order, {label(last)}'s steps keep {kept:.0%} of what they buy"
+        else:
+            title = f"In another order, {label(last)}'s steps buy nothing, within the noise"
     elif own and mixed and apart(mixed, own) < 0:
         title = f"The order of its steps matters to {label(last)}"
     series = [
@@ -192,24 +193,17 @@ def _curves(found: Sequence[Found]) -> list[Spreads]:
         if not series:
             continue
         title = f"{last}'s mind, where the answer is {group}"
-        points = [p for p in series[-1].points if p] if series[-1].label == last else []
-        if group == "right" and points:
-            half = next(
-                (x for x, p in zip(series[-1].xs, points, strict=False) if p.mean < points[0].mean / 2), None
-            )
-            title = (
-                f"Right: {last} has half made up its mind after {half:.0f} % of the thought"
-                if half is not None
-                else f"Right: {last}'s answer stays open to the end"
-            )
-        elif points:
+        own = series[-1] if series[-1].label == last else None
+        if group == "right" and own:
+            title = _settled(last, own)
+        elif own:
             ends = _over_steps(found[-1:], "right", "entropy")
             other = ends[0].points[-1] if ends else None
             title = {
                 1: f"Wrong: {last} ends less sure than where it is right",
                 0: f"Wrong: {last} ends as sure as where it is right",
                 -1: f"Wrong: {last} ends surer than where it is right",
-            }[apart(other, points[-1])]
+            }[apart(other, own.points[-1])]
         charts.append(
             Spreads(
                 f"bridge-entropy-{group}",
@@ -227,17 +221,30 @@ def _curves(found: Sequence[Found]) -> list[Spreads]:
     return charts
 
 
+def _settled(name: str, curve: Series) -> str:
+    """When half of the entropy that there was at the beginning is surely gone, if ever."""
+    begin, end = curve.points[0], curve.points[-1]
+    for x, point in zip(curve.xs, curve.points, strict=True):
+        if begin and point and begin.sure and point.sure and point.high < begin.low / 2:
+            return f"Right: {name} has half made up its mind after {x:.0f} % of the thought"
+    if apart(begin, end) < 0:
+        return f"Right: {name} ends surer than it began"
+    return f"Right: {name}'s answer stays open to the end, within the noise"
+
+
 def _chance(found: Sequence[Found]) -> Spreads | None:
     series = _over_steps(found, "all", "chance")
     if not series:
         return None
     last = series[-1]
     middle, end = last.points[len(last.points) // 2], last.points[-1]
-    title = (
-        f"Half-way, {last.label} would be right {middle.mean:.0%} of the time, at the end {end.mean:.0%}"
-        if middle and end
-        else "The chance of a right answer"
-    )
+    title = "The chance of a right answer"
+    if middle and end and apart(middle, end):
+        title = (
+            f"Half-way, {last.label} would be right {middle.mean:.0%} of the time, at the end {end.mean:.0%}"
+        )
+    elif middle and end:
+        title = f"Half-way, {last.label} would be right as often as at the end, within the noise"
     return Spreads(
         "bridge-chance",
         title,

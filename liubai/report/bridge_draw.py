@@ -1,7 +1,7 @@
 """Charts whose points have intervals: whiskers over names, points in a plane, lines with bands.
 
 They are charts of :mod:`liubai.report.svg` in every other way. What differs in colour differs in form, too: a
-hollow dot, a dashed line.
+hollow dot, a dashed line. A section that shows them has :func:`style` in its body.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -20,18 +21,27 @@ from liubai.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Li
 NOTHING = Curve((), ())
 
 
+def style(*more: Path) -> Markup:
+    """The looks of these charts, and the style sheets ``more``."""
+    sheets = [Path(__file__).with_suffix(".css"), *more]
+    text = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
+    return Markup("<style>{}</style>").format(Markup(text))
+
+
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A mean with the ends of its interval; without one they are the mean itself."""
+    """A mean with the ends of its interval. Without one it is not ``sure``, and the ends are the mean itself:
+    that is how it is drawn, and nothing can be said of how far it is from another one."""
 
     mean: float
     low: float
     high: float
+    sure: bool = True
 
     def text(self, percent: bool = False) -> str:
         scale, unit = (100, " %") if percent else (1, "")
         mean, low, high = (f"{scale * v:.3g}".replace("-", "−") for v in (self.mean, self.low, self.high))
-        return f"{mean}{unit} ({low} to {high})" if low != high else f"{mean}{unit}"
+        return f"{mean}{unit} ({low} to {high})" if self.sure else f"{mean}{unit}"
 
 
 def spread(cell: Any) -> Spread | None:
@@ -40,7 +50,9 @@ def spread(cell: Any) -> Spread | None:
     if mean is None:
         return None
     low, high = number(cell.get("low")), number(cell.get("high"))
-    return Spread(mean, mean if low is None else low, mean if high is None else high)
+    if low is None or high is None:  # of fewer than two problems
+        return Spread(mean, mean, mean, sure=False)
+    return Spread(mean, low, high)
 
 
 @dataclass(frozen=True, slots=True)

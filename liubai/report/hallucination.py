@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from liubai.report.bridge_draw import Series, Spread, Spreads, spread, style
 from liubai.report.read import Curve, Run, Stage, number, read_object
 from liubai.report.section import Section
 from liubai.report.svg import Chart, Line
@@ -30,7 +31,7 @@ def section(run: Run) -> Section | None:
     if not found:
         return None
     results = [each for _, each in found]
-    body = _table(results) + Markup("").join(_examples(stage, each) for stage, each in found)
+    body = style() + _table(results) + Markup("").join(_examples(stage, each) for stage, each in found)
     title = "What the passage does not say"
     return Section("hallucination", title, "无中生有", _finding(results), _charts(results), body)
 
@@ -110,17 +111,15 @@ def _charts(told: Sequence[dict[str, Any]]) -> list[Chart]:
     else:
         names = [label for label, _ in pairs]
         rows = [("of answered passages", list(told), RATE)]
-    xs = tuple(float(i) for i in range(len(names)))
-    lines = [
-        Line(
-            kind, Curve(xs, tuple(number((e or {}).get("rate")) for e in row)), *look, dots=True,
-            errors=[_half(e or {}) for e in row],
-        )
+    rates = [
+        Series(kind, [_rate(each) for each in row], ink=look[0], hollow=look is WITHOUT)
         for kind, row, look in rows
-    ]  # fmt: skip
+    ]
     overall = [number(each.get("rate_all")) for each in told]
     if not both and overall != [number(each.get("rate")) for each in told]:  # else all were answered
-        lines.append(Line("of all passages", Curve(xs, tuple(overall)), *NONE, dots=True))
+        of_all = [None if y is None else Spread(y, y, y, sure=False) for y in overall]
+        rates.append(Series("of all passages", of_all, ink=NONE[0], hollow=True))
+    xs = tuple(float(i) for i in range(len(names)))
     lengths = [
         Line(
             kind if both else "words", Curve(xs, tuple(number((e or {}).get("words")) for e in row)),
@@ -129,10 +128,10 @@ def _charts(told: Sequence[dict[str, Any]]) -> list[Chart]:
         for kind, row, look in rows
     ]  # fmt: skip
     return [
-        Chart(
+        Spreads(
             "hallucination-rate", "Summaries that say what the passage does not",
             "Share of the answered passages' summaries; the bars are 95 % intervals.",
-            "share of summaries (%)", lines, x_label="checkpoint", percent=True, x_names=names,
+            "share of summaries (%)", (), x_label="checkpoint", percent=True, x_names=names, series=rates,
         ),
         Chart(
             "hallucination-length", "How long the summaries are",
@@ -142,16 +141,16 @@ def _charts(told: Sequence[dict[str, Any]]) -> list[Chart]:
     ]  # fmt: skip
 
 
+def _rate(each: dict[str, Any] | None) -> Spread | None:
+    """With Wilson's interval, which does not lie evenly around it: at 0 of n it is all above."""
+    told = each or {}
+    interval = told.get("interval")
+    low, high = interval if isinstance(interval, list) and len(interval) == 2 else (None, None)
+    return spread({"mean": told.get("rate"), "low": low, "high": high})
+
+
 def _points(change: float) -> str:
     return f"{100 * change:+.1f} pt".replace("-", "−")
-
-
-def _half(each: dict[str, Any]) -> float:
-    """Half of the interval's length; not a number without one."""
-    interval = each.get("interval")
-    return (
-        (interval[1] - interval[0]) / 2 if isinstance(interval, list) and len(interval) == 2 else float("nan")
-    )
 
 
 def _table(told: Sequence[dict[str, Any]]) -> Markup:

@@ -84,6 +84,7 @@ def learn(policy: Policy, imitation: Imitation, batches: Sequence[Batch], step: 
         "grad_norm": norm,
         "updates": 1,
         "skipped": int(not math.isfinite(norm)),
+        "update_tokens": sum(int(batch.mask_BT.sum()) for batch in batches),
         **({"halvings": halvings} if halvings else {}),
     }
 

@@ -3,7 +3,7 @@
 With another ``hallucination`` stage in ``from`` the two are compared, over the documents that both
 answered. With ``at_most`` or ``worse_by`` (over the other stage) the stage is a gate: what is measured is
 written first, and then the run stops with one sentence if the checkpoint says too much that its documents
-do not.
+do not. It does not rest on a few verdicts: where the scorer failed for too many summaries, nobody passes.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from liubai.types import Stop
 
 RESULT = "hallucination.json"
 SHOWN = 200  #: documents whose summaries are kept to be read
+JUDGED = 0.9  #: the least share of the summaries that a gate wants verdicts of
 
 Progress = Callable[[int, int], None]
 
@@ -177,7 +178,7 @@ def run(config: Config, context: Context) -> None:
         "verdicts": [summary.hallucinated for summary in found],
     }
     if other is not None:
-        told["compared"] = compared(told, other, config.worse_by)
+        told["compared"] = compared(told, other)
     told["gate"] = gate(config, told)
     write_json(context.folder / RESULT, told)
     context.samples(1, [record(summary) for summary in found[:SHOWN]])
@@ -192,27 +193,49 @@ def run(config: Config, context: Context) -> None:
 
 
 def documents_digest(asked: Sequence[Document]) -> str:
-    """Of what was to be summarised: only the same documents are compared."""
-    return hashlib.sha256("\0".join(document.passage for document in asked).encode()).hexdigest()
+    """Of what was asked: only answers to the same are compared."""
+    # a passage of the world is its own prompt: once says it
+    asked_of = (text for document in asked for text in dict.fromkeys((document.passage, document.prompt)))
+    return hashlib.sha256("\0".join(asked_of).encode()).hexdigest()
 
 
-def compared(told: dict[str, Any], other: Path, worse_by: float | None = None) -> dict[str, Any]:
-    """``told`` beside the result of another stage. Raises ``UserError`` when that had other documents."""
+def compared(told: dict[str, Any], other: Path) -> dict[str, Any]:
+    """``told`` beside the result of another stage; ``judged`` is the share of that one's summaries with a
+    verdict. Raises ``UserError`` when that had other documents, another scorer or temperature; with a thought
+    and without may be compared."""
     theirs = saved(other)
-    if theirs["documents_digest"] != told["documents_digest"] or theirs.get("scorer") != told["scorer"]:
+    same = ("documents_digest", "scorer", "temperature")
+    if any(theirs.get(key) != told[key] for key in same):
         raise UserError(
-            f"stage '{other.parent.name}' judged other documents, or by another scorer; give both the same "
-            "problems, limit and scorer"
+            f"stage '{other.parent.name}' judged other documents, by another scorer, or wrote at another "
+            "temperature; give both the same problems, limit, scorer and temperature"
         )
     found = compare(told["verdicts"], theirs["verdicts"])
-    return {"label": theirs.get("label", other.parent.name), **found}
+    return {"label": theirs.get("label", other.parent.name), "judged": judged_share(theirs), **found}
+
+
+def judged_share(told: dict[str, Any]) -> float:
+    """Of the summaries of a result, those with a verdict; 1 where there are none to judge."""
+    return 1 - told["errors"] / told["answered"] if told["answered"] else 1.0
 
 
 def gate(config: Config, told: dict[str, Any]) -> str:
     """Why the checkpoint may not pass, or ""."""
-    rate, low_high = told["rate"], told["interval"]
-    if (config.at_most is not None or config.worse_by is not None) and rate is None:
-        return "no summary could be judged, so nothing shows that it passes the gate"
+    rate, low_high, against = told["rate"], told["interval"], told.get("compared")
+    least = max(JUDGED, config.answered)
+    if config.at_most is not None or config.worse_by is not None:
+        if rate is None:
+            return "no summary could be judged, so nothing shows that it passes the gate"
+        if judged_share(told) < least:
+            return (
+                f"{told['errors']} of {told['answered']} summaries have no verdict, and {least:.1%} have to "
+                "have one: mend the scorer"
+            )
+    if config.worse_by is not None and against and against["judged"] < least:
+        return (
+            f"{against['judged']:.1%} of {against['label']}'s summaries have a verdict, and {least:.1%} have "
+            "to: mend the scorer, and run that stage again"
+        )
     if told["answer_rate"] < config.answered:
         return (
             f"{told['answer_rate']:.1%} of the documents were answered, and {config.answered:.1%} have to be"
@@ -222,7 +245,6 @@ def gate(config: Config, told: dict[str, Any]) -> str:
             f"{rate:.1%} of the summaries say what their passage does not (95 % interval "
             f"{low_high[0]:.1%} to {low_high[1]:.1%}), and at_most is {config.at_most:.1%}"
         )
-    against = told.get("compared")
     if config.worse_by is not None and against and against["worse"] is None:
         return f"no document was answered by both this checkpoint and {against['label']}"
     if config.worse_by is not None and against and against["worse"] > config.worse_by:
