@@ -17,11 +17,15 @@ from liubai import recipe
 from liubai.cli import app
 from liubai.errors import UserError
 from liubai.measure.attention import patterns
+from liubai.measure.whitebox import white_box
 from liubai.model.checkpoint import load
 from liubai.report import write_report
-from liubai.report.attention import picture
+from liubai.report.attention import _pictures, picture
+from liubai.stages import attention, pretrain, whitebox
 from liubai.stages.attention import target_of
+from liubai.stages.evaluate import held_out_of
 from liubai.stages.view import make_view
+from liubai.text.template import template_for
 
 RECIPE = """
 name = "look"
@@ -76,7 +80,8 @@ def test_looking_inside_by_recipe(architecture: str, tmp_path: Path) -> None:
     # the same weights, the same texts: the last snapshot is the checkpoint
     assert told["history"][2]["scores"] == told["scores"]
     assert told["history"][0]["scores"] != told["scores"]
-    assert len(told["ablation"]) == 2
+    assert len(told["ablation"]) == len(told["ablation_error"]) == 2
+    assert 0 < told["chance"]["previous"] < 0.5
     text = told["texts"][0]
     layers, heads, T, _ = text["shape"]
     packed = zlib.decompress(base64.b64decode(text["patterns"]))
@@ -108,6 +113,51 @@ def test_the_patterns_are_those_of_the_text(tmp_path: Path) -> None:
     assert "2.2" in told.output
     told = CliRunner().invoke(app, ["whitebox", str(run / "1-base/checkpoint"), "--json"])
     assert len(json.loads(told.output)["layers"]) == 2
+
+
+def test_a_text_that_is_too_long_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that writes nothing short has its patterns shown, too."""
+    run = ran(tmp_path, "LlamaForCausalLM")
+    path, problems = run / "1-base/checkpoint", held_out_of("countdown", 3, 0)
+    model, tokenizer = load(path)
+    readings = attention.written(model, tokenizer, path, problems, 40)
+    shortest = min(readings, key=lambda r: len(r.ids))
+    monkeypatch.setattr(attention, "LONGEST", len(shortest.ids) - 4)
+    (text,) = attention.atlas(path, problems, max_tokens=40)["texts"]
+    assert len(text["tokens"]) == text["length"] - 4 == len(shortest.ids) - 4
+    # no token looks ahead: the rows are those of the whole text
+    size = text["shape"][2]
+    wanted = (patterns(model, shortest.ids)[:, :, :size, :size] * 255).round().to(torch.uint8)
+    found = torch.frombuffer(
+        bytearray(zlib.decompress(base64.b64decode(text["patterns"]))), dtype=torch.uint8
+    )
+    assert (found.int() - wanted.flatten().int()).abs().max() <= 1
+    assert f"its first {size} tokens of {size + 4}" in _pictures(text)
+
+
+def test_layers_are_looked_at_while_it_thinks(tmp_path: Path) -> None:
+    """Its own answers are read, not the questions alone."""
+    run = ran(tmp_path, "CrateAlphaForCausalLM")
+    path, problems = run / "1-base/checkpoint", held_out_of("countdown", 4, 0)
+    model, tokenizer = load(path)
+    few, many = (whitebox.looked_at(path, problems, most) for most in (1, 30))
+    prompts = sum(len(template_for(tokenizer, path).prompt_ids(p.prompt)) for p in problems)
+    assert few["tokens"] == prompts + len(problems)
+    assert many["tokens"] > few["tokens"]
+    texts = [r.ids for r in attention.written(model, tokenizer, path, problems, 30)]
+    assert many["layers"][1]["rate"] == pytest.approx(white_box(model, texts)[1].rate)
+
+
+def test_how_the_labour_came_to_be_divided_is_a_recipe() -> None:
+    recipes = Path(__file__).resolve().parent.parent / "recipes"
+    stages = {p.name: p for p in recipe.load_recipe(recipes / "experiments/arise.toml").stages}
+    base = stages["base"].config
+    assert isinstance(base, pretrain.Config)
+    assert len(base.snapshots) >= 5
+    assert base.snapshots[-1] == base.steps
+    zero = recipe.load_recipe(recipes / "zero.toml").stages[0].config
+    assert base.model_copy(update={"snapshots": ()}) == zero
+    assert (stages["heads"].kind, list(stages["heads"].parents)) == ("attention", ["base"])
 
 
 def test_a_snapshot_that_no_step_makes_is_refused(tmp_path: Path) -> None:

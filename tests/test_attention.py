@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
@@ -10,6 +13,7 @@ from liubai.measure.attention import (
     Reading,
     Watching,
     ablation,
+    chances,
     division_of_labour,
     head_scores,
     looks,
@@ -17,6 +21,7 @@ from liubai.measure.attention import (
     patterns,
     subspaces,
 )
+from liubai.measure.ratio import ratio_and_error
 from liubai.model.transformer import causal
 
 
@@ -73,6 +78,20 @@ def test_scores_are_means_over_the_places_that_count() -> None:
     assert head_scores(model, readings[1:])["source"].isnan().all()
 
 
+def test_chance_is_the_score_of_a_head_that_looks_everywhere_alike() -> None:
+    model = tiny_model(2)
+    with torch.no_grad():
+        for block in model.layers:
+            block.self_attn.q_proj.weight.zero_()
+    readings = [Reading((3, 4, 5, 4, 6, 4), 3, 1, frozenset({4})), Reading((7, 8), 1)]
+    chance, scores = chances(readings), head_scores(model, readings)
+    assert chance["same"] == pytest.approx((1 / 4 + 2 / 6) / 2)
+    assert chance["previous"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4 + 1 / 5 + 1 / 6 + 1 / 2) / 6)
+    for kind, table in scores.items():
+        torch.testing.assert_close(table, torch.full_like(table, chance[kind]), atol=1e-6, rtol=0)
+    assert math.isnan(chances(readings[1:])["source"])
+
+
 def test_a_planted_head_is_found() -> None:
     """Keys and queries that read the embedding alike: a head that looks for tokens like this one."""
     model = tiny_model(0, tiny_config(num_key_value_heads=4, rope_theta=1e9))
@@ -121,18 +140,34 @@ def test_subspaces_of_a_head_that_copies() -> None:
 def test_ablation_is_the_change_of_the_loss() -> None:
     model = tiny_model(6)
     readings = [Reading((3, 4, 5, 6, 7), 2), Reading((8, 9, 3), 1)]
-    found = ablation(model, readings)
+    found, error = ablation(model, readings)
 
-    def loss() -> float:
+    def losses() -> torch.Tensor:
         total = []
         for r in readings:
             logprobs = model(torch.tensor([r.ids]))[0].log_softmax(-1)
-            total += [-logprobs[t - 1, r.ids[t]] for t in range(r.prompt, len(r.ids))]
-        return float(torch.stack(total).mean())
+            total.append(sum(-logprobs[t - 1, r.ids[t]] for t in range(r.prompt, len(r.ids))))
+        return torch.stack(total)
 
     with torch.no_grad():
-        before = loss()
+        before = losses()
         model.layers[0].self_attn.o_proj.weight.view(32, 4, 16)[:, 1] = 0
-        assert found[0, 1] == pytest.approx(loss() - before, abs=1e-5)
-    assert found.shape == (2, 4)
+        more, sizes = losses() - before, torch.tensor([3.0, 2.0])
+    assert found[0, 1] == pytest.approx(float(more.sum() / 5), abs=1e-5)
+    off = more - more.sum() / 5 * sizes
+    assert error[0, 1] == pytest.approx(float((2 * off.square().sum()).sqrt() / 5), abs=1e-5)
+    assert found.shape == error.shape == (2, 4)
     assert found.abs().min() > 0
+    assert ablation(model, readings[:1])[1].isnan().all()
+
+
+def test_the_error_of_a_ratio_is_that_of_the_mean_where_all_are_of_one_size() -> None:
+    values = [3.0, 1.0, 4.0, 1.0, 5.0]
+    ratio, error = ratio_and_error(values, [2.0] * 5)
+    assert ratio == pytest.approx(1.4)
+    assert error == pytest.approx(statistics.stdev(values) / 2 / math.sqrt(5))
+    # what is in proportion to the size is no chance at all
+    assert ratio_and_error([2.0, 4.0, 8.0], [1.0, 2.0, 4.0]) == pytest.approx((2.0, 0.0))
+    assert all(math.isnan(x) for x in ratio_and_error([], []))
+    with pytest.raises(ValueError, match="2 totals of 1 texts"):
+        ratio_and_error([1.0, 2.0], [1.0])

@@ -172,14 +172,36 @@ def test_a_scorer_stands_on_it() -> None:
 def test_coding_rates_by_hand() -> None:
     one = torch.tensor([[1.0, 0.0]]).repeat(6, 1)
     # one direction of two: ½ log(1 + D/ε²) over all tokens
-    assert coding_rate(one * 5) == pytest.approx(0.5 * math.log(1 + 2 / EPSILON_SQUARED) / 6)
+    assert coding_rate(one * 5) == pytest.approx(0.5 * math.log(1 + 2 / EPSILON_SQUARED))
     two = torch.eye(2).repeat(3, 1)
-    assert coding_rate(two) == pytest.approx(math.log(1 + 2 / 2 / EPSILON_SQUARED) / 6)
+    assert coding_rate(two) == pytest.approx(math.log(1 + 2 / 2 / EPSILON_SQUARED))
     assert coding_rate(two) > coding_rate(one)
     # in the first axis alone: half of the tokens have length 1, the others 0
     axis = torch.tensor([[[3.0], [0.0]]])
-    assert subspace_rate(two, axis) == pytest.approx(0.5 * math.log(1 + 1 / 2 / EPSILON_SQUARED) / 6)
+    assert subspace_rate(two, axis) == pytest.approx(0.5 * math.log(1 + 1 / 2 / EPSILON_SQUARED))
     assert subspace_rate(two, axis) == pytest.approx(subspace_rate(two * 7, axis / 9))
+
+
+def test_rates_are_a_token_s_however_many_tokens_there_are() -> None:
+    torch.manual_seed(0)
+    z, bases = torch.randn(9, 6), torch.randn(2, 6, 3)
+    assert coding_rate(z.repeat(5, 1)) == pytest.approx(coding_rate(z))
+    assert subspace_rate(z.repeat(5, 1), bases) == pytest.approx(subspace_rate(z, bases))
+
+
+@pytest.mark.parametrize("architecture", BOTH)
+def test_attention_that_adds_nothing_compresses_nothing(architecture: str) -> None:
+    """Both sides of it are looked at in the same coordinates, whatever the two norms have learned."""
+    model = tiny_model(6, crate(architecture))
+    with torch.no_grad():
+        for block in model.layers:
+            block.self_attn.o_proj.weight.zero_()
+    for figures in white_box(model, [[3, 4, 5, 6], [7, 8, 9]]):
+        assert figures.before == pytest.approx(figures.compressed)
+    with torch.no_grad():
+        model.layers[0].self_attn.o_proj.weight.normal_()
+    moved = white_box(model, [[3, 4, 5, 6], [7, 8, 9]])[0]
+    assert moved.before != pytest.approx(moved.compressed)
 
 
 def test_figures_of_every_layer() -> None:

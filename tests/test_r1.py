@@ -24,7 +24,7 @@ from liubai.stages.records import read_examples
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 #: experiments on another world
-OWN_BASE = {"impatient", "crate", "crate-text", "verse"}
+OWN_BASE = {"arise", "impatient", "crate", "crate-text", "verse"}
 #: and those that ask no questions: they look at text that was not read
 TEXT = {"crate-text"}
 SHAPE = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -135,7 +135,7 @@ def test_every_experiment_is_a_recipe_and_shares_the_base(path: Path) -> None:
     plan, base = load_recipe(path), load_recipe(RECIPES / "r1.toml").stages[0]
     assert plan.name == path.stem
     assert (plan.stages[0].config == base.config) == (path.stem not in OWN_BASE)
-    looks = [p for p in plan.stages if p.kind == "eval" or getattr(p.config, "texts", None)]
+    looks = [p for p in plan.stages if p.kind in ("eval", "attention") or getattr(p.config, "texts", None)]
     assert len(looks) >= 2
 
 

@@ -1,4 +1,4 @@
-"""Two parts of the report: text that was not read, and the form of poems; and the numbers of the latter."""
+"""Parts of the report: text that was not read, the heads, the layers, and poems with their numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from liubai.grade import GradeItem, Verdict, grade
 from liubai.grade.verse import read_verse
-from liubai.report import headline, unread, verse, write_report
+from liubai.report import attention, headline, unread, verse, whitebox, write_report
 from liubai.report.read import Curve, read_run
 from liubai.stages.rl_metrics import rollout_metrics
 from liubai.stages.rollouts import Answer, GradedGroup
@@ -68,11 +68,99 @@ def test_bits_a_byte_over_tokens_and_seconds(tmp_path: Path) -> None:
     assert headline(tmp_path) == f"Text that was not read: {part.finding}"
 
 
+@pytest.mark.parametrize(
+    ("bits", "said"),
+    [
+        # half a byte's bit less on every text, whatever else they differ in
+        (
+            [100, 230, 150],
+            "plain needs 0.500 ± 0.000 fewer than other (twice the standard error over 3 texts).",
+        ),
+        ([150, 100, 200], "plain and other are not told apart: 0.600 ± 1.200 "),
+    ],
+)
+def test_the_best_two_are_told_apart_by_the_same_texts(bits: list[float], said: str, tmp_path: Path) -> None:
+    sizes = {"texts": 3, "bytes": 300, "sizes": [100, 100, 100]}
+    stage(tmp_path, "other", "pretrain", steps([2.5], 50.0), held_out=sizes | {"bits": [150, 280, 200]})
+    stage(tmp_path, "plain", "pretrain", steps([2.0], 50.0), held_out=sizes | {"bits": bits})
+    stage(tmp_path, "third", "pretrain", steps([2.7], 50.0))
+    part = unread.section(read_run(tmp_path))
+    assert part is not None
+    assert f" at the end: plain 2.000, other 2.500, third 2.700. {said}" in part.finding
+    # other texts, or some that were lost: nothing is said
+    told = next(tmp_path.glob("*-plain")) / "held_out.json"
+    for wrong in ({"sizes": [100, 90, 110]}, {"bits": [1.0]}, {"bits": 3}):
+        told.write_text(json.dumps(sizes | {"bits": bits} | wrong))
+        part = unread.section(read_run(tmp_path))
+        assert part is not None
+        assert part.finding.endswith("third 2.700.")
+
+
 def test_other_runs_have_no_such_part(tmp_path: Path) -> None:
     stage(tmp_path, "other", "pretrain", [{"step": 1, "loss": 3.0, "tokens": 100.0, "tokens/s": 9.0}])
     run = read_run(tmp_path)
     assert unread.section(run) is None
     assert verse.section(run) is None
+
+
+# --- the heads ---
+
+HEADS = {
+    "label": "Base",
+    "best": {
+        "source": {"layer": 0, "head": 1, "score": 0.5},
+        "same": {"layer": 0, "head": 0, "score": 0.4},
+    },
+    "scores": {"source": [[0.1, 0.5]], "same": [[0.4, 0.3]]},
+    "ablation": [[0.2, -0.01]],
+}
+
+
+def test_what_a_head_scores_by_chance_is_no_specialty(tmp_path: Path) -> None:
+    kept = {"chance": {"source": 0.04, "same": 0.25, "target": None}, "ablation_error": [[0.02, None]]}
+    stage(tmp_path, "heads", "attention", [], attention=HEADS | kept)
+    part = attention.section(read_run(tmp_path))
+    assert part is not None
+    assert "source (on the number in the question that is written next): head 1.2, 50%" in part.finding
+    assert "(by chance 4%)" in part.finding
+    assert "same" not in part.finding  # 40 % where 25 % is chance
+    assert '<th scope="row">1.1</th><td>40%</td><td>10%</td><td>+0.200 ± 0.040</td>' in part.body
+    assert '<th scope="row">1.2</th><td>30%</td><td><b>50%</b></td><td>-0.010</td>' in part.body
+    assert '<th scope="row">by chance</th><td>25%</td><td>4%</td><td></td>' in part.body
+
+
+def test_heads_that_were_looked_at_before_chance_was_kept(tmp_path: Path) -> None:
+    stage(tmp_path, "heads", "attention", [], attention=HEADS)
+    part = attention.section(read_run(tmp_path))
+    assert part is not None
+    assert "same (on earlier tokens like this one): head 1.1, 40% of its weight." in part.finding
+    assert "by chance" not in part.finding + part.body
+    assert "<td><b>40%</b></td><td>10%</td><td>+0.200</td>" in part.body
+
+
+# --- the layers ---
+
+
+def test_compression_is_drawn_as_before_and_after(tmp_path: Path) -> None:
+    layers = [
+        {"sparsity": 0.9, "rate": 30.0, "before": 20.0, "compressed": 15.0},
+        {"sparsity": 0.7, "rate": 28.0, "before": 18.0, "compressed": 19.0},
+    ]
+    plain = [{"sparsity": 0.4, "rate": 25.0, "before": None, "compressed": None}] * 2
+    stage(tmp_path, "look", "whitebox", [], whitebox={"label": "CRATE", "layers": layers})
+    stage(tmp_path, "other", "whitebox", [], whitebox={"label": "Transformer", "layers": plain})
+    part = whitebox.section(read_run(tmp_path))
+    assert part is not None
+    assert part.finding == (
+        "Of the units in its layers are silent: CRATE 80%, Transformer 40%. "
+        "Layers whose attention lowers the coding rate in its subspaces: CRATE 1 of 2."
+    )
+    before, after = part.charts[2].lines
+    assert (before.label, after.label) == ("CRATE, before attention", "CRATE, after it")
+    assert (before.curve.ys, after.curve.ys) == ((20.0, 18.0), (15.0, 19.0))
+    assert before.ink == after.ink
+    assert before.dash != after.dash
+    assert len(part.charts[1].lines) == 2
 
 
 # --- the form of poems ---

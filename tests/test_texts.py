@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import SupportsIndex
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from liubai.errors import UserError
 from liubai.model.checkpoint import load
 from liubai.problems.questions import Questions, read_questions, share_of, splits
-from liubai.problems.texts import PIECE, Texts, held_out_texts, pieces, read_texts
+from liubai.problems.texts import PIECE, Texts, pieces, read_texts, split_texts
 from liubai.recipe import load_recipe
 from liubai.recipe.runner import fingerprint
 from liubai.stages import pretrain, sft
@@ -133,6 +135,50 @@ def test_pieces_lose_nothing_but_white_space_and_are_not_too_long(text: str, mos
     assert all(0 < len(piece) <= most for piece in found)
 
 
+def slowly(text: str, most: int) -> Iterator[str]:
+    """The rule as it is told: what is left is a new text each time."""
+    text = text.strip()
+    while len(text) > most:
+        head = text[: most + 1]
+        ends = (head.rfind(gap) for gap in ("\n\n", "\n", " "))
+        at = next((end for end in ends if end > most // 2), most)
+        yield text[:at].rstrip()
+        text = text[at:].lstrip()
+    if text:
+        yield text
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.text(st.sampled_from("ab仄 \n\t\x1c\x85\u2003\u200b"), max_size=120) | st.text(max_size=120),
+    st.integers(1, 30),
+)
+def test_pieces_are_what_the_rule_says(text: str, most: int) -> None:
+    assert list(pieces(text, most)) == list(slowly(text, most))
+
+
+def test_a_large_file_is_cut_in_one_walk() -> None:
+    """No piece is cut from a copy of all that is left."""
+    book = "a word or two, and\n" * 20_000
+
+    class Counted(str):
+        copied = 0
+
+        def strip(self, chars: str | None = None) -> Counted:
+            return Counted(str.strip(self, chars))
+
+        def lstrip(self, chars: str | None = None) -> Counted:
+            return Counted(str.lstrip(self, chars))
+
+        def __getitem__(self, key: SupportsIndex | slice) -> Counted:
+            found = Counted(str.__getitem__(self, key))
+            Counted.copied += len(found)
+            return found
+
+    assert "".join(pieces(Counted(book))).replace("\n", "") == book.replace("\n", "")
+    assert Counted.copied < 3 * len(book)
+
+
 def test_a_piece_ends_with_a_paragraph_or_else_a_line_or_else_a_word() -> None:
     assert list(pieces("aa bb\ncc\n\ndd\nee ff", 14)) == ["aa bb\ncc", "dd\nee ff"]
     assert list(pieces("aa bb\ncc dd ee ff", 14)) == ["aa bb\ncc dd ee", "ff"]  # that line ends too early
@@ -143,7 +189,7 @@ def test_a_piece_ends_with_a_paragraph_or_else_a_line_or_else_a_word() -> None:
 
 def test_what_is_held_out_of_a_book_is_not_read(book: Path) -> None:
     texts = Texts(path=str(book), eval_share=0.3)
-    read, held_out = read_texts(texts), held_out_texts(texts)
+    read, held_out = split_texts(texts)
     whole = " ".join(book.read_text().split())
     assert read
     assert held_out
@@ -154,13 +200,13 @@ def test_what_is_held_out_of_a_book_is_not_read(book: Path) -> None:
         assert len(text.text) <= PIECE
         assert (text.prompt, text.question) == ("", "")
     assert [share_of(t.text) for t in held_out] == sorted(share_of(t.text) for t in held_out)
-    assert held_out_texts(Texts(path=str(book), eval_share=0)) == []
+    assert split_texts(Texts(path=str(book), eval_share=0))[1] == []
 
 
 def test_rows_without_a_question_are_plain_text_of_any_kind(tmp_path: Path) -> None:
     path = write(tmp_path / "poems.jsonl", [{"text": f"Poem {i}, of {i * i} lines."} for i in range(40)])
     texts = Texts(path=str(path), prompt="")
-    read, held_out = read_texts(texts), held_out_texts(texts)
+    read, held_out = split_texts(texts)
     assert {t.text for t in (*read, *held_out)} == {f"Poem {i}, of {i * i} lines." for i in range(40)}
     with pytest.raises(UserError, match=r"poems.jsonl:1: there is no column 'poem'"):
         read_texts(Texts(path=str(path), prompt="", text="poem"))
@@ -173,23 +219,24 @@ def test_rows_without_a_question_are_plain_text_of_any_kind(tmp_path: Path) -> N
 @torch.no_grad()
 def test_bits_a_byte_are_those_of_each_text_alone(book: Path) -> None:
     texts = Texts(path=str(book), vocabulary=320)
-    tokenizer, _ = pretrain.read(texts)
+    tokenizer, *_ = pretrain.read(texts)
     model = pretrain.build(pretrain.model_config(TINY_SHAPE, tokenizer), 0)
     scramble(model, 3)
-    rows = held_out_texts(Texts(path=str(book), eval_share=0.5))
+    rows = split_texts(Texts(path=str(book), eval_share=0.5))[1]
     documents = pretrain.encoded(rows, texts, tokenizer)
-    nats, tokens = 0.0, 0
+    each, tokens = [], 0
     for row, document in zip(rows, documents, strict=True):
         assert tokenizer.decode(document.ids) == f"{BOS}{row.text}{EOS}"
         logprobs = model(torch.tensor([list(document.ids)]))[0].double().log_softmax(-1)
         after = torch.tensor(document.ids[1:])
-        nats -= float(logprobs[:-1].gather(1, after[:, None]).sum())
+        each.append(-float(logprobs[:-1].gather(1, after[:, None]).sum()))
         tokens += len(after)
-    size = sum(len(row.text.encode()) for row in rows)
+    nats, size = sum(each), sum(len(row.text.encode()) for row in rows)
     for room in (64, 4096):  # however it is cut into micro-batches
         found = pretrain.unread_loss(model, documents, size, tokenizer.pad_id, room)
         assert found["eval/loss"] == pytest.approx(nats / tokens, rel=1e-5)
         assert found["eval/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+        assert pretrain.unread_nats(model, documents, tokenizer.pad_id, room) == pytest.approx(each, rel=1e-5)
 
 
 # ---- training ----
@@ -229,7 +276,11 @@ def test_a_book_is_read_and_asked_about_and_goes_on_in_the_same_bits(book: Path,
     kept = json.loads((tmp_path / "whole" / pretrain.HELD_OUT).read_text())
     model, _ = load(tmp_path / "whole" / "checkpoint")
     assert kept["parameters"] == model.count_parameters()
-    assert kept["bytes"] == sum(len(text.text.encode()) for text in held_out_texts(texts))
+    assert sum(kept["bits"]) / kept["bytes"] == pytest.approx(told[0][40], rel=1e-6)
+    assert len(kept["bits"]) == len(kept["sizes"]) == kept["texts"]
+    assert (
+        kept["bytes"] == sum(kept["sizes"]) == sum(len(text.text.encode()) for text in split_texts(texts)[1])
+    )
 
 
 def test_what_was_read_begins_as_a_prompt_does(notes: Path, tmp_path: Path) -> None:
@@ -241,7 +292,7 @@ def test_what_was_read_begins_as_a_prompt_does(notes: Path, tmp_path: Path) -> N
     _, tokenizer = load(tmp_path / "run" / "checkpoint")
     template = template_for(tokenizer, tmp_path / "run" / "checkpoint")
     assert template.prefilled == "<think>"
-    _, draw = pretrain.read(config.texts)
+    _, draw, _ = pretrain.read(config.texts)
     (document, *_) = pretrain.documents(draw, 64, 0, 0)
     text = tokenizer.decode(document.ids)
     question = text.partition("<think>")[0].removeprefix(BOS).strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -32,11 +33,18 @@ def attention(
         print(json.dumps(found, ensure_ascii=False))
         return
     print(f"{found['architecture']}: the weight of each head, over {found['readings']} answers of its own")
-    print("head   " + "".join(f"{kind:>10}" for kind in KINDS) + "   without it, nats a token")
+    print("head   " + "".join(f"{kind:>10}" for kind in KINDS) + "   without it, nats a token (± 2 s.e.)")
     for layer, cells in enumerate(found["ablation"]):
         for head, lost in enumerate(cells):
-            shares = [found["scores"][kind][layer][head] for kind in KINDS]
-            told = "".join("         –" if s is None else f"{s:10.0%}" for s in shares)
-            print(f"{layer + 1}.{head + 1:<4} {told}   {lost:+.3f}")
+            error = found["ablation_error"][layer][head]
+            told = _row(found["scores"][kind][layer][head] for kind in KINDS)
+            print(
+                f"{layer + 1}.{head + 1:<4} {told}   {lost:+.3f}" + (f" ± {2 * error:.3f}" if error else "")
+            )
+    print(f"chance {_row(found['chance'].values())}")
     for kind, b in found["best"].items():
         print(f"{kind}: {KINDS[kind]}, best layer {b['layer'] + 1}, head {b['head'] + 1} ({b['score']:.0%})")
+
+
+def _row(shares: Iterable[float | None]) -> str:
+    return "".join("         –" if share is None else f"{share:10.0%}" for share in shares)

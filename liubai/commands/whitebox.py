@@ -12,7 +12,8 @@ import typer
 def whitebox(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint folder, or a hub id.")],
     problems: Annotated[str, typer.Option(help="A family, or a file with questions.")] = "countdown",
-    limit: Annotated[int, typer.Option(min=1, help="How many problems are read.")] = 64,
+    limit: Annotated[int, typer.Option(min=1, help="How many problems it answers.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest answer that is read.")] = 160,
     seed: Annotated[int, typer.Option(min=0, help="Decides which.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -25,11 +26,12 @@ def whitebox(
 
     folder = checkpoint_folder(checkpoint)
     asked = Questions(path=problems, eval_share=1.0) if is_rows(problems) else None
-    found = looked_at(folder, [p.prompt for p in held_out_of(problems, limit, seed, asked)])
+    found = looked_at(folder, held_out_of(problems, limit, seed, asked), max_tokens)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return
     print(f"{found['architecture']}, {found['parameters']:,} parameters; coding rates in nats a token")
+    print(f"over {found['tokens']:,} tokens of questions and its own answers")
     print("layer  silent  rate of all   in the subspaces: before, after attention")
     for i, layer in enumerate(found["layers"], 1):
         inside = "–"

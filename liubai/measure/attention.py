@@ -9,12 +9,14 @@ Shapes: T tokens, L layers, H query heads, K key/value heads, E head size, D hid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from liubai.measure.ratio import ratio_and_error
 from liubai.model.blocks import Block
 from liubai.model.transformer import Transformer
 
@@ -90,6 +92,18 @@ def head_scores(model: Transformer, readings: Sequence[Reading]) -> dict[str, Te
             total[kind] += (weights_LHTT * mask_TT).sum(-1)[..., rows_T].sum(-1)
             places[kind] += int(rows_T.sum())
     return {kind: total[kind] / n if (n := places[kind]) else total[kind] * torch.nan for kind in KINDS}
+
+
+def chances(readings: Sequence[Reading]) -> dict[str, float]:
+    """Kind -> the score of a head that looks everywhere alike, over the same places as :func:`head_scores`;
+    NaN where there is none."""
+    shares: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    for reading in readings:
+        seen_T = torch.arange(1, len(reading.ids) + 1)  # a token sees itself and what came before
+        for kind, mask_TT in looks(reading).items():
+            count_T = mask_TT.sum(1)
+            shares[kind].append((count_T.double() / seen_T)[count_T > 0])
+    return {kind: float(torch.cat(found).mean()) if found else math.nan for kind, found in shares.items()}
 
 
 def looks(reading: Reading) -> dict[str, Tensor]:
@@ -171,30 +185,31 @@ def overlap(a_ED: Tensor, b_ED: Tensor) -> float:
 
 
 @torch.no_grad()
-def ablation(model: Transformer, readings: Sequence[Reading]) -> Tensor:
-    """``[L, H]``: by how many nats a token the answers of ``readings`` become less likely when one head says
-    nothing. Negative where the head was in the way."""
+def ablation(model: Transformer, readings: Sequence[Reading]) -> tuple[Tensor, Tensor]:
+    """By how many nats a token the answers of ``readings`` become less likely when one head says nothing, and
+    the standard error of that over the answers, ``[L, H]`` each. Negative where the head was in the way."""
     config = model.config
-    whole = _loss(model, readings, frozenset())
-    return torch.tensor(
-        [
-            [
-                _loss(model, readings, frozenset({(layer, head)})) - whole
-                for head in range(config.num_attention_heads)
-            ]
-            for layer in range(config.num_hidden_layers)
-        ]
-    )
+    sizes = [len(reading.ids) - reading.prompt for reading in readings]
+    whole = _losses(model, readings, frozenset())
+    lost, error = torch.empty(2, config.num_hidden_layers, config.num_attention_heads)
+    for layer in range(config.num_hidden_layers):
+        for head in range(config.num_attention_heads):
+            without = _losses(model, readings, frozenset({(layer, head)}))
+            more = [a - b for a, b in zip(without, whole, strict=True)]
+            lost[layer, head], error[layer, head] = ratio_and_error(more, sizes)
+    return lost, error
 
 
-def _loss(model: Transformer, readings: Sequence[Reading], silent: frozenset[tuple[int, int]]) -> float:
-    total, count = 0.0, 0
+def _losses(
+    model: Transformer, readings: Sequence[Reading], silent: frozenset[tuple[int, int]]
+) -> list[float]:
+    """The cross-entropy of each answer, in nats."""
+    found = []
     for reading in readings:
         logits_TV = model.head(_read(model, reading.ids, Watching(silent))).float().log_softmax(-1)
         targets = torch.tensor(reading.ids[reading.prompt :], device=logits_TV.device)
-        picked = logits_TV[reading.prompt - 1 : -1].gather(1, targets[:, None])
-        total, count = total - float(picked.sum()), count + len(targets)
-    return total / max(1, count)
+        found.append(-float(logits_TV[reading.prompt - 1 : -1].gather(1, targets[:, None]).sum()))
+    return found
 
 
 def _read(model: Transformer, ids: Sequence[int], watching: Watching) -> Tensor:

@@ -63,20 +63,22 @@ class Text:
 
 
 def read_texts(config: Texts) -> list[Text]:
-    """The rows that may be read. Raises ``UserError`` with file and line for one that is no text."""
+    """The rows that may be read. Raises as :func:`split_texts` does."""
+    return split_texts(config)[0]
+
+
+def split_texts(config: Texts) -> tuple[list[Text], list[Text]]:
+    """The rows that may be read; and the plain texts that are held out, at most :data:`MOST_HELD_OUT`: those
+    whose words hash lowest. Raises ``UserError`` with file and line for a row that is no text."""
     found = _all(config)
     if not found:
         raise UserError(f"'{config.path}' has no texts")
-    read = [text for text in found if not _held_out(text, config)]
+    shares = [share_of(text.text if config.plain else text.question) for text in found]
+    read = [text for text, share in zip(found, shares, strict=True) if share >= config.eval_share]
     if not read:
         raise UserError(f"all questions of '{config.path}' are held out; lower eval_share")
-    return read
-
-
-def held_out_texts(config: Texts) -> list[Text]:
-    """The plain texts that are not read, at most :data:`MOST_HELD_OUT`: those whose words hash lowest."""
-    found = [text for text in _all(config) if _held_out(text, config)]
-    return sorted(found, key=lambda text: share_of(text.text))[:MOST_HELD_OUT]
+    kept = sorted((share, i) for i, share in enumerate(shares) if config.plain and share < config.eval_share)
+    return read, [found[i] for _, i in kept[:MOST_HELD_OUT]]
 
 
 def is_text(path: str) -> bool:
@@ -94,15 +96,17 @@ def digest_of(path: str) -> str:
 def pieces(text: str, most: int = PIECE) -> Iterator[str]:
     """``text`` in pieces of at most ``most`` characters. A piece ends in its second half, where a paragraph
     does, else a line, else a word."""
-    text = text.strip()
-    while len(text) > most:
-        head = text[: most + 1]
+    text, start = text.strip(), 0
+    while len(text) - start > most:
+        head = text[start : start + most + 1]
         ends = (head.rfind(gap) for gap in ("\n\n", "\n", " "))
         at = next((end for end in ends if end > most // 2), most)
-        yield text[:at].rstrip()
-        text = text[at:].lstrip()
-    if text:
-        yield text
+        yield head[:at].rstrip()
+        start += at
+        while text[start].isspace():  # it ends, for the text does not end with white space
+            start += 1
+    if start < len(text):
+        yield text[start:]
 
 
 def _all(config: Texts) -> list[Text]:
@@ -111,10 +115,6 @@ def _all(config: Texts) -> list[Text]:
         return [_plain(row, config, number) for number, row in rows]
     read = _plain if config.plain else _text
     return [read(row, config, line) for line, row in read_rows(config.path)]
-
-
-def _held_out(text: Text, config: Texts) -> bool:
-    return share_of(text.text if config.plain else text.question) < config.eval_share
 
 
 def _whole(path: str) -> str:

@@ -15,7 +15,9 @@ from liubai.report.read import Curve, Run, number, read_object
 from liubai.report.section import Section
 from liubai.report.svg import Chart, Line
 
-GOOD = 0.3  #: a head with less of its weight on something does not live for it
+#: a head does not live for something on which it has less of its weight than this, beyond chance: beyond what
+#: one that looks everywhere alike has there
+GOOD = 0.3
 INK = (0x17, 0x35, 0x5E)  #: the colour of a weight of 1; 0 is white
 
 
@@ -36,12 +38,23 @@ def section(run: Run) -> Section | None:
 def _finding(told: dict[str, Any]) -> str:
     parts = [
         f"{kind} ({KINDS[kind]}): head {b['layer'] + 1}.{b['head'] + 1}, {b['score']:.0%} of its weight"
+        f"{_by_chance(told, kind)}"
         for kind, b in told.get("best", {}).items()
-        if kind in KINDS and b["score"] >= GOOD
+        if kind in KINDS and b["score"] - (_chance(told, kind) or 0) >= GOOD
     ]
     if not parts:
         return "No head of this model has specialised in anything that is measured here."
     return f"Nobody told the heads of {told.get('label', 'this model')} what to do. Now: {'; '.join(parts)}."
+
+
+def _chance(told: dict[str, Any], kind: str) -> float | None:
+    """``None`` in results of before it was kept."""
+    return number(told.get("chance", {}).get(kind))
+
+
+def _by_chance(told: dict[str, Any], kind: str) -> str:
+    chance = _chance(told, kind)
+    return "" if chance is None else f" (by chance {chance:.0%})"
 
 
 def _best(table: Any) -> float | None:
@@ -60,6 +73,7 @@ def _charts(place: int, told: dict[str, Any]) -> list[Chart]:
     if len(history) < 2:
         return []
     label = str(told.get("label", ""))
+    chance = ", ".join(f"{kind} {c:.0%}" for kind in KINDS if (c := _chance(told, kind)) is not None)
     xs = tuple(float(h["step"]) for h in history)
 
     def lines(group: str, names: list[str], of: Any) -> list[Line]:
@@ -75,7 +89,8 @@ def _charts(place: int, told: dict[str, Any]) -> list[Chart]:
         Chart(
             f"attention-rise-{place}",
             f"The heads of {label} divide the labour",
-            "The best head at each thing, on the same texts, at checkpoints of pre-training.",
+            "The best head at each thing, on the same texts, at checkpoints of pre-training."
+            + (f" One that looks everywhere alike: {chance}." if chance else ""),
             "share of its weight",
             lines("scores", list(KINDS), _best),
             x_label="step of pre-training",
@@ -94,34 +109,45 @@ def _charts(place: int, told: dict[str, Any]) -> list[Chart]:
 
 def _body(place: int, told: dict[str, Any]) -> Markup:
     """The table of heads, and every head's pattern, small and large."""
-    scores, silent = told.get("scores", {}), told.get("ablation", [])
+    scores, silent, errors = (told.get(key) or {} for key in ("scores", "ablation", "ablation_error"))
     kinds = [k for k in KINDS if _best(scores.get(k)) is not None]
     head_row = "".join(f'<th scope="col" title="{escape(KINDS[k])}">{k}</th>' for k in kinds)
     rows = []
     for layer, cells in enumerate(silent):
         for head, lost in enumerate(cells):
-            told_of = "".join(f"<td>{_share(scores[k][layer][head])}</td>" for k in kinds)
-            without = f"{number(lost) or 0:+.3f}"
+            told_of = "".join(f"<td>{_cell(scores[k][layer][head], _chance(told, k))}</td>" for k in kinds)
+            error = number(errors[layer][head]) if errors else None
+            without = f"{number(lost) or 0:+.3f}" + (f" ± {2 * error:.3f}" if error is not None else "")
             rows.append(f'<tr><th scope="row">{layer + 1}.{head + 1}</th>{told_of}<td>{without}</td></tr>')
+    if any(_chance(told, k) is not None for k in kinds):
+        by_chance = "".join(f"<td>{_share(_chance(told, k))}</td>" for k in kinds)
+        rows.append(f'<tr><th scope="row">by chance</th>{by_chance}<td></td></tr>')
     table = (
         '<div class="scroll" tabindex="0"><table class="numbers small"><caption>'
         f"{escape(told.get('label', ''))}: where each head's weight goes, and the nats a token that its "
-        'answers lose when it is silent</caption><thead><tr><th scope="col">head</th>'
-        f'{head_row}<th scope="col">without it</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        "answers lose when it is silent (± twice the standard error)</caption>"
+        f'<thead><tr><th scope="col">head</th>{head_row}<th scope="col">without it</th></tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
     texts = Markup("").join(_pictures(text) for text in told.get("texts", []))
     return Markup(table) + texts  # everything in it is a number or escaped
 
 
-def _share(value: Any) -> str:
+def _cell(value: Any, chance: float | None) -> str:
     known = number(value)
-    return "–" if known is None else f"<b>{known:.0%}</b>" if known >= GOOD else f"{known:.0%}"
+    lives_for_it = known is not None and known - (chance or 0) >= GOOD
+    return f"<b>{_share(known)}</b>" if lives_for_it else _share(known)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
 
 
 def _pictures(text: dict[str, Any]) -> Markup:
     layers, heads, T, _ = text["shape"]
     weights = zlib.decompress(base64.b64decode(text["patterns"]))
     tokens = [str(token) for token in text["tokens"]]
+    length = int(number(text.get("length")) or T)
     figures = []
     for layer in range(layers):
         for head in range(heads):
@@ -132,10 +158,10 @@ def _pictures(text: dict[str, Any]) -> Markup:
                 f'<details><summary><img alt="attention of {name}" src="{source}" width="{T}" height="{T}">'
                 f"<span>{layer + 1}.{head + 1}</span></summary>{_large(name, source, tokens)}</details>"
             )
-    said = escape(" ".join(tokens))
+    said, cut = escape(" ".join(tokens)), f" (its first {T} tokens of {length})" if length > T else ""
     return Markup(
         '<p class="note">Each square is a head on one text: a row a token that looks, a column a token that '
-        f"is looked at, dark where the weight is. Open one to read it. The text: <q>{said}</q></p>"
+        f"is looked at, dark where the weight is. Open one to read it. The text{cut}: <q>{said}</q></p>"
         f'<div class="atlas">{"".join(figures)}</div>'
     )
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from markupsafe import Markup, escape
 
+from liubai.measure.ratio import ratio_and_error
 from liubai.report.charts import stage_style
 from liubai.report.read import Curve, Run, Stage, number, read_object
 from liubai.report.section import Section
@@ -23,7 +25,8 @@ BITS = "eval/bits_per_byte"
 @dataclass(frozen=True, slots=True)
 class Reader:
     """A pre-training stage: at each look the ``tokens`` read by then, the ``seconds`` of learning (looks and
-    saving left out) and the ``bits`` a byte."""
+    saving left out) and the ``bits`` a byte. At the end, of each text: how many bytes it has (``sizes``) and
+    how many bits it took (``each``); nothing in results of before these were kept."""
 
     name: str
     architecture: str
@@ -33,6 +36,8 @@ class Reader:
     tokens: Sequence[float]
     seconds: Sequence[float]
     bits: Sequence[float]
+    sizes: Sequence[float] = ()
+    each: Sequence[float] = ()
 
 
 def section(run: Run) -> Section | None:
@@ -64,7 +69,13 @@ def _reader(stage: Stage, run: Run) -> Reader | None:
         number(told.get("texts")),
         number(told.get("bytes")),
         *zip(*looks, strict=True),
+        *(_numbers(told.get(key)) for key in ("sizes", "bits")),
     )
+
+
+def _numbers(values: Any) -> list[float]:
+    listed = values if isinstance(values, list) else []
+    return [known for value in listed if (known := number(value)) is not None]
 
 
 def _seconds(stage: Stage) -> list[float]:
@@ -76,14 +87,34 @@ def _seconds(stage: Stage) -> list[float]:
 
 
 def _finding(readers: Sequence[Reader]) -> str:
-    """Who needs fewest bits at the end, the others in order; and who had read too often by then."""
+    """Who needs fewest bits at the end, the others in order; whether the first two can be told apart; and who
+    had read too often by then."""
     order = sorted(readers, key=lambda reader: reader.bits[-1])
     listed = ", ".join(f"{reader.name} {reader.bits[-1]:.3f}" for reader in order)
     past = [reader.name for reader in readers if reader.bits[-1] > 1.01 * min(reader.bits)]
-    said = f"Bits for a byte of text that was not read, at the end: {listed}."
+    said = f"Bits for a byte of text that was not read, at the end: {listed}.{_apart(*order[:2])}"
     return said + (
         f" {', '.join(past)} had been better before: what it read, it knew by heart." if past else ""
     )
+
+
+def _apart(best: Reader, next_: Reader | None = None) -> str:
+    """By the paired difference on the same texts; nothing where they read other texts, or these were not
+    kept."""
+    if (
+        next_ is None
+        or best.sizes != next_.sizes
+        or not len(best.sizes) == len(best.each) == len(next_.each) > 1
+    ):
+        return ""
+    more = [b - a for a, b in zip(best.each, next_.each, strict=True)]
+    difference, error = ratio_and_error(more, best.sizes)
+    by = f"{difference:.3f} ± {2 * error:.3f}"
+    if difference > 2 * error:
+        said = f"{best.name} needs {by} fewer than {next_.name}"
+    else:
+        said = f"{best.name} and {next_.name} are not told apart: {by}"
+    return f" {said} (twice the standard error over {len(more)} texts)."
 
 
 def _chart(key: str, title: str, x_label: str, readers: Sequence[Reader]) -> Chart:

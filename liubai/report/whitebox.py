@@ -24,7 +24,7 @@ def section(run: Run) -> Section | None:
     charts = [
         _chart("sparsity", "How much of each layer's code is zero", "share of zeros", found, percent=True),
         _chart("rate", "How widely the tokens spread", "nats a token", found),
-        _chart("compressed", "What attention leaves in the subspaces", "nats a token", found),
+        _compression(found),
     ]
     shown = [chart for chart in charts if chart.lines]
     return Section("white-box", "Inside the layers", "层中所见", _finding(found), shown, _words(found))
@@ -43,8 +43,30 @@ def _chart(key: str, title: str, unit: str, found: list[dict[str, Any]], percent
         ink, dash = stage_style(place)
         xs = tuple(float(i + 1) for i in range(len(values)))
         lines.append(Line(str(told.get("label", "")), Curve(xs, tuple(values)), ink, dash, dots=True))
-    caption = "Held-out questions, all their tokens together."
+    caption = "Questions and the model's own answers, all their tokens together."
     return Chart(f"white-box-{key}", title, caption, unit, lines, x_label="layer", percent=percent)
+
+
+def _compression(found: list[dict[str, Any]]) -> Chart:
+    """Two lines a model: colour is the model, and the broken one is before attention."""
+    lines = []
+    for place, told in enumerate(found):
+        for key, said, dash in (("before", "before attention", 1), ("compressed", "after it", 0)):
+            values = _layers(told, key)
+            if all(v is None for v in values):
+                continue
+            xs = tuple(float(i + 1) for i in range(len(values)))
+            label = f"{told.get('label', '')}, {said}"
+            lines.append(Line(label, Curve(xs, tuple(values)), stage_style(place)[0], dash, dots=True))
+    return Chart(
+        "white-box-compressed",
+        "What attention finds and leaves in the subspaces",
+        "The coding rate within the heads' subspaces. Where the whole line lies under the broken one, "
+        "attention has compressed.",
+        "nats a token",
+        lines,
+        x_label="layer",
+    )
 
 
 def _finding(found: list[dict[str, Any]]) -> str:
@@ -53,11 +75,21 @@ def _finding(found: list[dict[str, Any]]) -> str:
         for told in found
         if (known := [v for v in _layers(told, "sparsity") if v is not None])
     ]
-    return (
-        "Of the units in its layers are silent: "
-        + ", ".join(f"{name} {mean:.0%}" for name, mean in means)
-        + "."
-    )
+    listed = ", ".join(f"{name} {mean:.0%}" for name, mean in means)
+    return f"Of the units in its layers are silent: {listed}.{_lowered(found)}"
+
+
+def _lowered(found: list[dict[str, Any]]) -> str:
+    """In how many layers attention compresses; nothing without subspaces."""
+    parts = []
+    for told in found:
+        pairs = zip(_layers(told, "before"), _layers(told, "compressed"), strict=True)
+        known = [(before, after) for before, after in pairs if before is not None and after is not None]
+        if known:
+            parts.append(f"{told.get('label', '')} {sum(a < b for b, a in known)} of {len(known)}")
+    if not parts:
+        return ""
+    return f" Layers whose attention lowers the coding rate in its subspaces: {', '.join(parts)}."
 
 
 def _words(found: list[dict[str, Any]]) -> Markup | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from liubai.files import write_json
 from liubai.measure.attention import (
     Reading,
     ablation,
+    chances,
     division_of_labour,
     head_scores,
     patterns,
@@ -89,15 +91,19 @@ def atlas(
         kind: {"layer": layer, "head": head, "score": score}
         for kind, (layer, head, score) in division_of_labour(scores).items()
     }
-    texts = [_text(model, tokenizer, r) for r in readings if len(r.ids) <= LONGEST][:shown]
+    # those that fit, in their order; after them the shortest, which are cut
+    order = sorted(readings, key=lambda reading: max(len(reading.ids), LONGEST))
+    lost, error = ablation(model, readings)
     return {
         "architecture": model.config.architecture,
         "readings": len(readings),
         "best": best,
         **_figures(model, scores),
-        "ablation": _plain(ablation(model, readings)),
+        "chance": {kind: None if math.isnan(c) else round(c, 5) for kind, c in chances(readings).items()},
+        "ablation": _plain(lost),
+        "ablation_error": _plain(error),
         "history": history,
-        "texts": texts,
+        "texts": [_text(model, tokenizer, reading) for reading in order[:shown]],
     }
 
 
@@ -153,11 +159,15 @@ def _plain(table_LH: Tensor) -> list[list[float | None]]:
 
 
 def _text(model: Transformer, tokenizer: TextTokenizer, reading: Reading) -> dict[str, Any]:
-    """One text and every head's pattern on it, ``[L, H, T, T]`` in bytes (255 is a weight of 1), packed."""
-    weights_LHTT = patterns(model, reading.ids)
+    """The first :data:`LONGEST` of the ``length`` tokens of a text, and every head's pattern on them,
+    ``[L, H, T, T]`` in bytes (255 is a weight of 1), packed. No token looks ahead: what is cut changes
+    nothing in the rows that are left."""
+    ids = reading.ids[:LONGEST]
+    weights_LHTT = patterns(model, ids)
     bytes_ = (weights_LHTT * 255).round().to(torch.uint8).numpy().tobytes()
     return {
-        "tokens": [tokenizer.decode([i]) or "·" for i in reading.ids],
+        "tokens": [tokenizer.decode([i]) or "·" for i in ids],
+        "length": len(reading.ids),
         "prompt": reading.prompt,
         "shape": list(weights_LHTT.shape),
         "patterns": base64.b64encode(zlib.compress(bytes_, 9)).decode(),

@@ -30,14 +30,14 @@ from liubai.errors import UserError
 from liubai.files import write_json
 from liubai.learn.logprobs import batch_logprobs
 from liubai.learn.optim import Optimizer, warmup_decay
-from liubai.learn.packing import Batch, Sequence1, micro_batches
+from liubai.learn.packing import Batch, Sequence1, by_length, micro_batches
 from liubai.learn.sharded import share_out
 from liubai.model.checkpoint import save_checkpoint
 from liubai.model.config import ARCHITECTURES, OWN, ModelConfig
 from liubai.model.transformer import Transformer, build
 from liubai.problems import family, world_vocabulary
 from liubai.problems.family import Habits, split_of
-from liubai.problems.texts import Text, Texts, digest_of, held_out_texts, read_texts
+from liubai.problems.texts import Text, Texts, digest_of, split_texts
 from liubai.seeds import derive, stream
 from liubai.stages.config import Trained, WrittenShares
 from liubai.stages.context import Context
@@ -120,14 +120,13 @@ class Config(Trained):
 
 
 def run(config: Config, context: Context) -> None:
-    tokenizer, draw = read(config.texts) if config.texts else invent(config)
+    tokenizer, draw, held_out = read(config.texts) if config.texts else (*invent(config), [])
     model = build(model_config(config.model, tokenizer), derive(context.seed, "init"))
     model.to(config.where(), config.dtype()).checkpointing = config.checkpointing
     share_out(model)
     optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr, moments=config.moments())
-    held_out = held_out_texts(config.texts) if config.texts and config.texts.plain else []
     unread = encoded(held_out, config.texts, tokenizer) if config.texts else []
-    size = sum(len(text.text.encode()) for text in held_out)
+    sizes = [len(text.text.encode()) for text in held_out]
 
     def batches(step: int, tokens: int) -> list[Batch]:
         found = list(documents(draw, config.tokens_per_step, context.seed, step))
@@ -138,7 +137,7 @@ def run(config: Config, context: Context) -> None:
             save_checkpoint(context.folder / SNAPSHOTS / f"{step:06}", model, tokenizer, BARE)
 
     def look() -> dict[str, float]:
-        return unread_loss(model, unread, size, tokenizer.pad_id, config.microbatch()) if unread else {}
+        return unread_loss(model, unread, sum(sizes), tokenizer.pad_id, config.microbatch()) if unread else {}
 
     train(
         context,
@@ -153,23 +152,38 @@ def run(config: Config, context: Context) -> None:
         scale=lambda step: warmup_decay(step, config.steps, config.warmup, config.decay),
     )
     if unread:
-        told = {"architecture": model.config.architecture, "parameters": model.count_parameters()}
-        write_json(context.folder / HELD_OUT, {**told, "texts": len(unread), "bytes": size})
+        nats = unread_nats(model, unread, tokenizer.pad_id, config.microbatch())
+        told = {
+            "architecture": model.config.architecture,
+            "parameters": model.count_parameters(),
+            "texts": len(unread),
+            "bytes": sum(sizes),
+            # of each text: what two models that read the same ones can be told apart by
+            "sizes": sizes,
+            "bits": [n / math.log(2) for n in nats],
+        }
+        write_json(context.folder / HELD_OUT, told)
     save_checkpoint(context.folder / "checkpoint", model, tokenizer, BARE)
 
 
-@torch.no_grad()
 def unread_loss(
     model: Transformer, texts: Sequence[Sequence1], size: int, pad_id: int, tokens: int
 ) -> dict[str, float]:
     """Cross-entropy of texts that were not read, which have ``size`` bytes: in nats a token, and in bits a
     byte, which no vocabulary changes. That a text ends is to be told, too."""
-    nats, count = 0.0, 0
+    nats = math.fsum(unread_nats(model, texts, pad_id, tokens))
+    count = sum(sum(text.learn[1:]) for text in texts)  # nothing foretells a first token
+    return {"eval/loss": nats / count, "eval/bits_per_byte": nats / math.log(2) / size}
+
+
+@torch.no_grad()
+def unread_nats(model: Transformer, texts: Sequence[Sequence1], pad_id: int, tokens: int) -> list[float]:
+    """The cross-entropy of each text, all its tokens together, in nats."""
+    rows: list[float] = []
     for batch in micro_batches(texts, pad_id, tokens):
         logprobs_BT, _ = batch_logprobs(model, batch.to(model.head_weight.device))
-        nats -= float(logprobs_BT.double().sum())
-        count += int(batch.mask_BT.sum())
-    return {"eval/loss": nats / count, "eval/bits_per_byte": nats / math.log(2) / size}
+        rows += (-logprobs_BT.double().sum(1)).tolist()
+    return [nats for _, nats in sorted(zip(by_length(texts), rows, strict=True))]
 
 
 def documents(draw: Draw, room: int, seed: int, step: int) -> Iterator[Sequence1]:
@@ -199,12 +213,13 @@ def invent(config: Config) -> tuple[TextTokenizer, Draw]:
     return tokenizer, draw
 
 
-def read(texts: Texts) -> tuple[TextTokenizer, Draw]:
-    """A file: its training rows, in the words of a tokenizer learned from them."""
-    rows = read_texts(texts)
+def read(texts: Texts) -> tuple[TextTokenizer, Draw, list[Text]]:
+    """A file: its training rows, in the words of a tokenizer learned from them; and what is held out of plain
+    text."""
+    rows, held_out = split_texts(texts)
     tokenizer = byte_level((part for row in rows for part in (row.prompt, row.text)), texts.vocabulary)
     read = encoded(rows, texts, tokenizer)
-    return tokenizer, lambda rng: rng.choice(read)
+    return tokenizer, lambda rng: rng.choice(read), held_out
 
 
 def encoded(rows: Sequence[Text], texts: Texts, tokenizer: TextTokenizer) -> list[Sequence1]:
