@@ -15,6 +15,7 @@ from liubai.errors import UserError
 from liubai.learn.optim import Optimizer
 from liubai.model.config import ModelConfig
 from liubai.model.lora import LoraConfig, attach
+from liubai.model.scorer import scorer_from
 from liubai.model.transformer import build
 from liubai.plan import memory, roofline
 from liubai.plan.advice import Layout, Planner, bottleneck, training_memory
@@ -96,6 +97,20 @@ def test_adapters_are_counted_as_they_are_attached() -> None:
     size = memory.sizes(shape, lora=lora)
     assert size.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert size.parameters == build(shape, 0).count_parameters()
+    narrow = model.to(torch.bfloat16)
+    optimizer = Optimizer(narrow, lr=1e-3)
+    found = memory.states(size, Training(dtype="bfloat16", tokens=1))
+    assert found["weights"] == sum(p.nbytes for p in narrow.parameters())
+    assert found["masters"] + found["moments"] == sum(t.nbytes for t in optimizer.state.values())
+
+
+def test_a_scorer_has_a_row_in_the_place_of_a_head() -> None:
+    for shape in SHAPES:
+        size = memory.sizes(shape, scorer=True)
+        assert size.parameters == size.trained == scorer_from(build(shape, 0), 0).count_parameters()
+        assert size.head == shape.hidden_size
+        # one number a token: next to no logits
+        assert memory.training(shape, size, Training(dtype="float32", tokens=100))["logits"] < 2000
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -123,6 +138,21 @@ def test_every_rank_holds_its_share() -> None:
         assert shared["masters"] == 0
         for name in ("gradients", "moments"):
             assert shared[name] == pytest.approx(alone[name] / 8)
+
+
+def test_what_is_frozen_is_shared_out_in_32_bits_and_has_no_gradient() -> None:
+    """As :func:`liubai.learn.sharded.share_out` does it, under adapters; and the head learns nothing."""
+    shape = replace(SHAPES[0], vocab_size=150_000)
+    size, whole = memory.sizes(shape, lora=LoraConfig(rank=2)), memory.sizes(shape)
+    held = size.parameters + size.trained
+    how = Training(dtype="bfloat16", tokens=1000, ranks=8)
+    found, full = (memory.training(shape, one, how) for one in (size, whole))
+    assert found["weights"] == pytest.approx(4 * held / 8)
+    assert found["gathered"] == 2 * held + 4 * size.trained
+    assert full["gathered"] == (2 + 4) * whole.parameters
+    assert full["logits"] - found["logits"] == 4 * whole.head
+    by_layer = memory.training(shape, size, replace(how, layered=True))
+    assert by_layer["gathered"] == 2 * (2 * size.layer + size.ends + size.trained) + 4 * size.trained
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.architecture)
@@ -231,8 +261,21 @@ def test_an_update_is_six_operations_a_weight_and_eight_with_checkpointing() -> 
     assert again["arithmetic"] == pytest.approx(1000 * (8 * size.inner + 8 * size.head) / 1e12)
     assert found["exchange"] == 0
     assert found["optimizer"] == pytest.approx(2 * size.parameters * 16 / 1e9)
-    both = roofline.update(model, ROUND, replace(work, learners=2), context=0)
-    assert sum(both.values()) == pytest.approx(2 * sum(found.values()))
+    twice = roofline.update(model, ROUND, replace(work, epochs=2), context=0)
+    assert sum(twice.values()) == pytest.approx(2 * sum(found.values()))
+
+
+def test_models_that_only_read_take_two_operations_a_weight_of_their_own() -> None:
+    model, shape = shape_of(), replace(SHAPES[0], hidden_size=96)
+    teacher = Model(config=shape, size=memory.sizes(shape), dtype="float32")
+    work = Work(groups=1, samples=4, prompt=50, tokens=1000, longest=1000)
+    plain, more = (
+        roofline.update(model, ROUND, replace(work, frozen=frozen), context=0) for frozen in ((), (teacher,))
+    )
+    reading = 2 * (4050 * teacher.size.inner + 4000 * teacher.size.head) / 1e11
+    assert more["arithmetic"] - plain["arithmetic"] == pytest.approx(reading)
+    alone = roofline.update(model, ROUND, replace(work, alone=True), context=0)
+    assert alone["arithmetic"] - plain["arithmetic"] == pytest.approx(150 * 6 * model.size.inner / 1e12)
 
 
 def test_ranks_share_the_arithmetic_and_exchange_weights_for_every_micro_batch() -> None:
@@ -342,21 +385,127 @@ def test_models_of_a_recipe_come_from_where_its_stages_come_from() -> None:
     assert found["zero"].model.vocab_size == pretrain.invent(config)[0].vocab_size
     assert found["base"].size.by_muon > 0
     assert found["zero"].size.by_muon == 0
-    assert found["r1"].frozen == 1  # the reward model
-    assert found["zero"].frozen == 0
+    (judge,) = found["r1"].frozen  # the reward model
+    assert (judge.size, judge.dtype) == (found["taste"].size, "float32")
+    assert found["taste"].size.head == found["taste"].model.hidden_size
+    assert found["zero"].frozen == ()
 
 
 def test_what_else_reads_and_learns_is_counted(seven: Path, tmp_path: Path) -> None:
     plain, kl = job_of(seven, tmp_path), job_of(seven, tmp_path, None, "zero.loss.kl=0.01")
     assert plain.work
     assert kl.work
-    assert (kl.frozen, kl.work.forwards - plain.work.forwards) == (plain.frozen + 1, 1)
-    ppo = RECIPE.format(model=seven).replace('"rl"', '"ppo"').replace('preset = "dapo"\n', "")
-    critic = jobs(load_recipe(write(tmp_path, ppo)))[0]
-    assert critic.work
-    assert critic.work.learners == 2
-    one, two = (training_memory(job, DEVICES["h100"], 8192, 8) for job in (plain, critic))
-    assert two["moments"] == 2 * one["moments"]
+    assert plain.frozen == ()
+    assert [(r.size, r.dtype) for r in kl.frozen] == [(plain.size, None)]
+    assert kl.work.forwards == plain.work.forwards
+    one, two = (training_memory(job, DEVICES["h100"], 8192, 8) for job in (plain, kl))
+    assert two["whole models"] - one["whole models"] == 2 * plain.size.parameters
+
+
+def ppo_of(seven: Path, tmp_path: Path, *sets: str) -> Job:
+    text = RECIPE.format(model=seven).replace('"rl"', '"ppo"').replace('preset = "dapo"\n', "")
+    return jobs(load_recipe(write(tmp_path, text), sets), tokens=2500)[0]
+
+
+def test_all_of_a_critic_learns_whatever_the_policy_does(seven: Path, tmp_path: Path) -> None:
+    h100 = DEVICES["h100"]
+    job, thin = ppo_of(seven, tmp_path), ppo_of(seven, tmp_path, "zero.lora.rank=16")
+    assert job.critic == thin.critic == memory.sizes(job.model, scorer=True)
+    assert job.critic
+    for one in (job, thin):
+        found = training_memory(one, h100, 8192, 8)
+        assert found["moments"] == pytest.approx(8 * (one.size.trained + job.critic.trained) / 8)
+        assert found["gradients"] >= 4 * job.critic.trained / 8  # one of the two learns at a time
+    assert training_memory(thin, h100, 8192, 8)["whole models"] == 2 * job.size.parameters
+    seconds, slower = (
+        sum(Planner(one, h100, 8)._update(8, 8192).values())
+        for one in (thin, ppo_of(seven, tmp_path, "zero.lora.rank=16", "zero.critic_epochs=3"))
+    )
+    alone = replace(thin, critic=None)
+    assert seconds > 1.9 * sum(Planner(alone, h100, 8)._update(8, 8192).values())
+    assert slower > 1.7 * seconds
+
+
+DISTILL = """
+name = "taught"
+[stages.large]
+kind = "rl"
+model = "{teacher}"
+steps = 1
+[stages.small]
+kind = "distill"
+from = "large"
+model = "{student}"
+steps = 10
+max_tokens = 4096
+checkpointing = true
+"""
+
+
+def test_a_teacher_has_its_own_size(tmp_path: Path) -> None:
+    """32 billion parameters teach one and a half."""
+    large = {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64,
+             "num_attention_heads": 40, "num_key_value_heads": 8}  # fmt: skip
+    small = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12,
+             "num_key_value_heads": 2, "tie_word_embeddings": True}  # fmt: skip
+    folders = {}
+    for name, shape in (("teacher", large), ("student", small)):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        (folders[name] / "config.json").write_text(json.dumps(SEVEN | shape), encoding="utf-8")
+    job = {job.stage: job for job in jobs(load_recipe(write(tmp_path, DISTILL.format(**folders))))}["small"]
+    assert 1.5e9 < job.size.parameters < 1.6e9
+    (teacher,) = job.frozen
+    assert 32e9 < teacher.size.parameters < 33e9
+    found = training_memory(job, DEVICES["h200"], 8192, 1)
+    assert found["whole models"] == 2 * teacher.size.parameters
+    plan = Planner(job, DEVICES["h200"], 8)
+    alone = Planner(replace(job, frozen=()), DEVICES["h200"], 8)
+    assert plan._update(8, 8192)["arithmetic"] > 3 * alone._update(8, 8192)["arithmetic"]
+    assert all(one.trainer.bytes <= plan.room for one in plan.layouts())
+    with pytest.raises(UserError, match=r"69 GB of whole models .* no number of them helps"):
+        Planner(job, DEVICES["l40s"], 64).layouts()
+
+
+JUDGED = """
+name = "judged"
+[stages.base]
+kind = "pretrain"
+steps = 1
+[stages.steps]
+kind = "process"
+from = "base"
+[stages.zero]
+kind = "rl"
+from = {parents}
+steps = 1
+problems = {{ countdown = 1 }}
+[stages.zero.rewards]
+process = 0.5
+"""
+
+
+@pytest.mark.parametrize(("parents", "judges"), [('["base", "steps"]', 1), ('"base"', 0)])
+def test_steps_are_judged_by_a_model_where_there_is_one(tmp_path: Path, parents: str, judges: int) -> None:
+    found = {job.stage: job for job in jobs(load_recipe(write(tmp_path, JUDGED.format(parents=parents))))}
+    assert len(found["zero"].frozen) == judges
+    # a judge computes in float32, whatever the policy does
+    parts = training_memory(found["zero"], DEVICES["h100"], 2048, 1)
+    assert parts["whole models"] == judges * 4 * found["steps"].size.parameters
+
+
+def test_a_tokenizer_is_learned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from liubai.stages import pretrain
+
+    counted, invent = [0], pretrain.invent
+
+    def once(config: pretrain.Config) -> Any:
+        counted[0] += 1
+        return invent(config)
+
+    monkeypatch.setattr(pretrain, "invent", once)
+    assert len(jobs(load_recipe(Path("recipes/r1.toml")))) > 5
+    assert counted == [1]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"architectures": ["GPT2LMHeadModel"]}'])
@@ -388,6 +537,11 @@ def test_everything_that_is_suggested_fits(seven: Path, tmp_path: Path, gpus: in
         assert one.trainer.bytes <= plan.room
         assert one.rollout.bytes <= plan.room
         apart = one.way.startswith("apart")
+        if not apart:  # on the same GPU, and one copy of the weights serves both
+            writes = one.rollout.bytes - plan.model.bytes
+            assert sum(one.trainer.memory[name] for name in memory.KEPT) + writes <= plan.room
+        if one.way == "in turn, in flight":  # keys and values stay while it learns
+            assert one.trainer.bytes + one.rollout.memory["cache"] <= plan.room
         assert (one.trainer.gpus + one.rollout.gpus if apart else one.trainer.gpus) <= gpus
         assert one.rollout.gpus % one.parts == 0
         assert one.rate == pytest.approx(plan.work.written / one.step)
@@ -410,6 +564,27 @@ def test_more_gpus_are_never_slower(seven: Path, tmp_path: Path) -> None:
 def test_writing_ahead_helps_until_the_trainer_is_what_counts(seven: Path, tmp_path: Path) -> None:
     rates = [best(planner(seven, tmp_path, 64, staleness=k).layouts()).rate for k in (0, 1, 4)]
     assert rates == sorted(rates)
+
+
+def test_nothing_is_written_ahead_where_no_answer_may_be_old(seven: Path, tmp_path: Path) -> None:
+    ways = {k: {one.way for one in planner(seven, tmp_path, 16, staleness=k).layouts()} for k in (0, 1)}
+    assert ways[0] == {"in turn", "apart, synchronous"}
+    assert ways[1] - ways[0] == {"in turn, in flight", "apart, asynchronous"}
+
+
+VLLM = ("zero.engine.kind=vllm", "zero.lora.rank=16")
+
+
+def test_a_trainer_makes_room_for_vllm(seven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = planner(seven, tmp_path, 1, "h100", *VLLM)
+    assert [one.way for one in found.layouts()] == ["in turn", "in turn, in flight"]
+    for one in found.layouts():
+        assert one.microbatch == 32_768  # of 65,536 that fit without it
+        assert one.trainer.bytes <= (0.9 - 0.4) * 80e9
+        assert one.rollout.bytes <= 0.4 * 80e9
+    # vLLM in this process is for one process
+    more = planner(seven, tmp_path, 4, "h100", *VLLM).layouts()
+    assert {one.way for one in more} == {"apart, synchronous", "apart, asynchronous"}
 
 
 SERVER = ("zero.engine.kind=server", "zero.engine.url=http://127.0.0.1:8000")
@@ -457,6 +632,16 @@ def test_a_model_comes_together_whole_or_by_layers_as_the_trainer_does_it(
     # what writes answers is whole on every rank
     assert h100["whole models"] == h200["whole models"] == 2 * size.parameters
     assert training_memory(job, DEVICES["h100"], 16_384, 1)["whole models"] == 0
+
+
+def test_replicas_are_counted_where_the_trainer_has_them(seven: Path, tmp_path: Path) -> None:
+    resized(seven, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=256)  # fmt: skip
+    cpu = replace(DEVICES["h100"], name="cpu", dtype="float32", node=1)
+    job, narrow = (job_of(seven, tmp_path, None, f"zero.precision={p}") for p in ("float32", "bfloat16"))
+    assert training_memory(job, cpu, 2048, 1, threads=4)["replicas"] == 3 * 4 * job.size.parameters
+    assert training_memory(job, cpu, 2048, 2, threads=4)["replicas"] == 0
+    assert training_memory(narrow, cpu, 2048, 1, threads=4)["replicas"] == 0
 
 
 def test_the_bottleneck_is_said_in_words(seven: Path, tmp_path: Path) -> None:
@@ -517,6 +702,48 @@ def test_the_command_on_this_machine(liubai_: Any) -> None:
     assert "data sheet" not in result.out
 
 
+PRETRAIN = """
+name = "base"
+threads = {threads}
+[stages.base]
+kind = "pretrain"
+steps = 1000
+"""
+
+
+def test_the_tokens_of_a_step_are_those_that_it_has(liubai_: Any, tmp_path: Path) -> None:
+    def told(tokens: int, gpus: int = 1) -> Any:
+        recipe = write(tmp_path, PRETRAIN.format(threads=0))
+        sets = ("--set", f"base.tokens_per_step={tokens}")
+        return json.loads(
+            liubai_("plan", str(recipe), "--gpus", str(gpus), *sets, "--json").out
+        )["stages"][0]  # fmt: skip
+
+    few, many = told(4096), told(1 << 22)
+    assert (few["microbatch"], many["microbatch"]) == (4096, 65_536)
+    assert few["memory"]["trainer"]["activations"] == many["memory"]["trainer"]["activations"] / 16
+    # the optimizer's walk over memory is that of a step, however few tokens it has
+    assert few["tokens/s"]["read"] < many["tokens/s"]["read"] / 1.2
+    assert few["hours"] == pytest.approx(1000 * 4096 / few["tokens/s"]["read"] / 3600)
+    assert told(4096, gpus=8)["microbatch"] == 256  # two for every rank
+
+
+def test_as_many_threads_as_torch_has(liubai_: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from liubai.plan import hardware
+
+    cpu = replace(DEVICES["h100"], name="cpu", dtype="float32", node=1)
+    monkeypatch.setattr(hardware, "this_cpu", lambda threads: cpu)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    found = [
+        json.loads(
+            liubai_("plan", str(write(tmp_path, PRETRAIN.format(threads=n))), "--gpu", "cpu", "--json").out
+        )
+        for n in (0, 4, 1)
+    ]
+    replicas = [told["stages"][0]["memory"]["trainer"]["replicas"] for told in found]
+    assert replicas[0] == replicas[1] > replicas[2] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -534,6 +761,13 @@ def test_mistakes_are_one_sentence(
     assert result.code == 2
     assert says in result.err
     assert len(result.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--tokens", "--staleness"])
+def test_what_is_not_a_number_is_refused(liubai_: Any, seven: Path, tmp_path: Path, option: str) -> None:
+    result = liubai_("plan", str(write(tmp_path, RECIPE.format(model=seven))), option, "nan")
+    assert result.code == 2
+    assert f"Invalid value for '{option}'" in result.err
 
 
 def test_a_shape_that_nobody_has_is_asked_for(

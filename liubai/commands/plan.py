@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +54,8 @@ def plan(
 
     An estimate by rooflines (docs/scale.md says how far off it was where it could be measured).
     """
+    import torch
+
     from liubai.plan.advice import Planner
     from liubai.plan.hardware import device as device_of
     from liubai.plan.reading import jobs
@@ -60,13 +63,14 @@ def plan(
 
     asked = load_recipe(recipe, overrides or [])
     found = jobs(asked, given=model_config, tokens=tokens, prompt=prompt)
-    device = device_of(gpu, asked.threads)
+    threads = asked.threads or torch.get_num_threads()
+    device = device_of(gpu, threads)
     told: dict[str, Any] = {"recipe": asked.name, "gpus": gpus, "device": _device(device), "stages": []}
     for job in found:
         if job.work is None:
-            told["stages"].append(_supervised(job, device, gpus, asked.threads))
+            told["stages"].append(_supervised(job, device, gpus, threads))
         else:
-            planner = Planner(job, device, gpus, staleness, max(1, asked.threads))
+            planner = Planner(job, device, gpus, staleness, threads)
             told["stages"].append(_own_answers(job, planner.layouts()))
     if as_json:
         print(json.dumps(told, ensure_ascii=False))
@@ -95,7 +99,8 @@ def _model(job: Job) -> dict[str, Any]:
 
 
 def _supervised(job: Job, device: Device, gpus: int, threads: int) -> dict[str, Any]:
-    """A stage that learns from given examples: its memory, and how fast it reads them."""
+    """A stage that learns from given examples: its memory, and how fast it reads them. Where the recipe does
+    not say how many tokens a step has, it is taken for one of 64 micro-batches on each GPU."""
     from dataclasses import replace
 
     from liubai.errors import UserError
@@ -104,16 +109,21 @@ def _supervised(job: Job, device: Device, gpus: int, threads: int) -> dict[str, 
     from liubai.plan.roofline import Model, Work, update
 
     room, tokens = device.memory * device.usable, microbatch_of(job, device)
-    while sum((parts := training_memory(job, device, tokens, gpus, max(1, threads))).values()) > room:
+    steps, each = getattr(job.config, "steps", 0), getattr(job.config, "tokens_per_step", 0)
+    if each:  # of several ranks each has two micro-batches, at least (liubai.ranks.portion)
+        tokens = min(tokens, math.ceil(each / (gpus if gpus == 1 else 2 * gpus)))
+    while sum((parts := training_memory(job, device, tokens, gpus, threads)).values()) > room:
         if tokens < 256:
             raise UserError(
                 f"stage '{job.stage}' does not fit: {sum(parts.values()) / GB:,.0f} GB on each of {gpus} × "
                 f'{device.name}; set checkpointing = true or optimizer_state = "bfloat16", or take more GPUs'
             )
         tokens //= 2
-    read = 64 * tokens * gpus
+    read = each or 64 * tokens * gpus
+    # the reference's log-probabilities are computed once, by what is about to learn
+    forwards = 1 / getattr(job.config, "epochs", 1) if job.kind == "dpo" else 0.0
     work = Work(
-        groups=1, samples=1, prompt=0, tokens=read, longest=read, forwards=job.frozen,
+        groups=1, samples=1, prompt=0, tokens=read, longest=read, forwards=forwards,
         checkpointing=job.config.checkpointing, moments=job.config.optimizer_state, microbatch=tokens,
     )  # fmt: skip
     # examples are short beside what is read: their attention is left out
@@ -125,7 +135,6 @@ def _supervised(job: Job, device: Device, gpus: int, threads: int) -> dict[str, 
         "microbatch": tokens,
         "tokens/s": {"read": read / sum(seconds.values())},
     }
-    steps, each = getattr(job.config, "steps", 0), getattr(job.config, "tokens_per_step", 0)
     if steps and each:
         found["hours"] = steps * each / found["tokens/s"]["read"] / 3600
     return found

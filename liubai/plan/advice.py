@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from liubai.errors import UserError
 from liubai.plan import memory, roofline
 from liubai.plan.hardware import Device
+from liubai.plan.memory import Sizes
 from liubai.plan.reading import Job
 from liubai.plan.roofline import Model, Work, Writing
 
 Way = Literal["in turn", "in turn, in flight", "apart, synchronous", "apart, asynchronous"]
+WAYS: tuple[Way, ...] = get_args(Way)
+#: ways in which answers are under way during an update
+AHEAD: tuple[Way, ...] = ("in turn, in flight", "apart, asynchronous")
 
 #: micro-batches that "auto" begins with (:class:`liubai.stages.config.Trained`)
 AUTO, AUTO_CPU = 65536, 2048
@@ -70,7 +74,11 @@ class Planner:
         bound: int | None = job.config.max_staleness  # type: ignore[attr-defined]
         self.staleness = staleness if staleness is not None else 1.0 if bound is None else float(bound)
         self.dtype = dtype_of(job, device)
-        self.work = replace(job.work, layered=memory.layered(job.size, self.dtype, device))
+        self.work = replace(
+            job.work,
+            layered=memory.layered(job.size, self.dtype, device),
+            frozen=readers(job, device),
+        )
         #: who writes: bands or pages, and can a model be spread over several GPUs?
         self.kind: str = job.config.engine.kind  # type: ignore[attr-defined]
         self.model = Model(config=job.model, size=job.size, dtype=self.dtype)
@@ -79,14 +87,24 @@ class Planner:
         self.threads = threads
 
     def layouts(self) -> list[Layout]:
-        """Every way that fits, each at its best. Raises ``UserError`` where none does."""
-        found = [layout for way in ("in turn", "in turn, in flight") if (layout := self._in_turn(way))]
-        for way in ("apart, synchronous", "apart, asynchronous"):
-            if split := [layout for trainer in self._splits() if (layout := self._apart(way, trainer))]:
-                found.append(max(split, key=lambda layout: layout.rate))
+        """Every way that fits, each at its best; those that write ahead where an answer may be an update old.
+        Raises ``UserError`` where none does."""
+        ways = [way for way in WAYS if self.staleness >= 1 or way not in AHEAD]
+        found = [layout for way in ways if (layout := self._best(way))]
         if not found:
             raise UserError(self._too_large())
         return found
+
+    def _best(self, way: Way) -> Layout | None:
+        """The one with the most tokens a second, of those with the same rate the first."""
+        if way in ("apart, synchronous", "apart, asynchronous"):
+            tried = (self._apart(way, trainer) for trainer in self._splits())
+        elif self.kind == "torch" or (self.kind == "vllm" and self.gpus == 1):
+            room = self.room - self.share
+            tried = (self._in_turn(way, *update) for update in self.updates(self.gpus, room))
+        else:  # a server is elsewhere, and vLLM beside the trainer is for one process
+            return None
+        return max((layout for layout in tried if layout), key=lambda layout: layout.rate, default=None)
 
     def _splits(self) -> Iterator[int]:
         """Numbers of trainer GPUs to try: of a few nodes every number, of many whole nodes."""
@@ -95,15 +113,23 @@ class Planner:
 
     # memory
 
-    def training(self, ranks: int) -> tuple[dict[str, float], int] | None:
-        """The memory of an update, and the largest micro-batch that fits; None when none does."""
+    @property
+    def share(self) -> float:
+        """Bytes that vLLM takes of the trainer's GPU, whatever it does with them."""
+        if self.kind != "vllm":
+            return 0.0
+        taken: float = self.job.config.engine.gpu_memory_utilization  # type: ignore[attr-defined]
+        return self.device.memory * taken
+
+    def updates(self, ranks: int, room: float) -> Iterator[tuple[dict[str, float], int]]:
+        """Updates that fit ``room`` bytes: their memory and their micro-batches, the largest first."""
         tokens = microbatch_of(self.job, self.device)
         while True:
             parts = self.training_with(tokens, ranks)
-            if sum(parts.values()) <= self.room:
-                return parts, tokens
+            if sum(parts.values()) <= room:
+                yield parts, tokens
             if tokens <= self.work.longest:
-                return None
+                return
             tokens //= 2
 
     def training_with(self, tokens: int, ranks: int) -> dict[str, float]:
@@ -126,25 +152,15 @@ class Planner:
 
     # speed
 
-    def _in_turn(self, way: Way) -> Layout | None:
+    def _in_turn(self, way: Way, learning: dict[str, float], microbatch: int) -> Layout | None:
         """Every GPU writes and learns, one after the other: the torch engine on the trainer's own weights, or
         on the whole copy where those are shared out; or vLLM beside it."""
-        trained = self.training(self.gpus)
-        if trained is None:
-            return None
-        learning, microbatch = trained
-        kept = ("weights", "masters", "moments", "whole models")
-        states = sum(learning[name] for name in kept)
-        if self.kind == "torch":  # a copy of the weights is there already
-            states -= self.model.bytes
         if self.kind == "vllm":  # it has a copy of its own, and its share of the GPU
-            share = self.job.config.engine.gpu_memory_utilization  # type: ignore[attr-defined]
-            states = self.device.memory * (self.device.usable - share)
-            if sum(learning.values()) > states:
-                return None
-        elif self.kind == "server":
-            return None
-        rollout, fit = self.engine(states, 1, self.kind)
+            beside = self.room - self.share
+        else:  # a copy of the weights is there already; in flight, so are keys and values during the update
+            there = learning if way in AHEAD else memory.KEPT
+            beside = sum(learning[name] for name in there) - self.model.bytes
+        rollout, fit = self.engine(beside, 1, self.kind)
         if fit < 1:
             return None
         slots = min(self.slots, fit)
@@ -165,7 +181,7 @@ class Planner:
     def _apart(self, way: Way, trainer: int) -> Layout | None:
         parts = self.parts()
         engines = (self.gpus - trainer) // parts if parts else 0
-        trained = self.training(trainer)
+        trained = next(self.updates(trainer, self.room), None)
         if not engines or trained is None:
             return None
         learning, microbatch = trained
@@ -198,7 +214,19 @@ class Planner:
         return 0
 
     def _update(self, ranks: int, microbatch: int) -> dict[str, float]:
-        return roofline.update(self.model, self.device, replace(self.work, microbatch=microbatch), ranks)
+        """Seconds of learning: the policy's, and then the critic's."""
+        work = replace(self.work, microbatch=microbatch)
+        found = roofline.update(self.model, self.device, work, ranks)
+        if critic := self.job.critic:
+            epochs: int = self.job.config.critic_epochs  # type: ignore[attr-defined]
+            # it says what it expects of the answers, and learns; the other readers are counted already
+            alone = replace(
+                work, forwards=1.0, frozen=(), epochs=epochs, alone=True,
+                layered=memory.layered(critic, self.dtype, self.device),
+            )  # fmt: skip
+            more = roofline.update(replace(self.model, size=critic), self.device, alone, ranks)
+            found = {name: seconds + more[name] for name, seconds in found.items()}
+        return found
 
     def _too_large(self) -> str:
         least = self.training_with(self.work.longest, self.gpus)
@@ -209,11 +237,12 @@ class Planner:
                 f"stage '{self.job.stage}': no engine fits beside the trainer on {self.gpus} × {name}; more "
                 f"GPUs, lower max_tokens{spread if self.kind == 'torch' else ''}"
             )
-        if self.gpus > 1 and self.model.bytes > self.room:
+        if (whole := least["whole models"]) > self.room:
             return (
-                f"stage '{self.job.stage}' does not fit: every GPU that learns has a whole copy of the "
-                f"weights, {self.model.bytes / 1e9:,.0f} GB, and a program has {self.room / 1e9:,.0f} GB on "
-                f"one {name}; no number of them helps: take GPUs with more memory, or a smaller model"
+                f"stage '{self.job.stage}' does not fit: every GPU that learns has {whole / 1e9:,.0f} GB of "
+                "whole models (a copy that writes answers, and those that are only read), and a program has "
+                f"{self.room / 1e9:,.0f} GB on one {name}; no number of them helps: take GPUs with more "
+                "memory, or a smaller model"
             )
         helps = ", ".join(self._helps()) or "a smaller model"
         return (
@@ -242,27 +271,43 @@ def microbatch_of(job: Job, device: Device) -> int:
     return asked if asked != "auto" else AUTO if device.gpu else AUTO_CPU
 
 
+def readers(job: Job, device: Device) -> tuple[Model, ...]:
+    """The models that are only read, as ``device`` computes them."""
+    usual = dtype_of(job, device)
+    return tuple(Model(config=r.model, size=r.size, dtype=r.dtype or usual) for r in job.frozen)
+
+
 def training_memory(job: Job, device: Device, tokens: int, ranks: int, threads: int = 1) -> dict[str, float]:
     """Of an update, or of a supervised step, with micro-batches of ``tokens`` tokens at most."""
     w, dtype = job.work, dtype_of(job, device)
     answer, prompt = (w.longest, w.prompt) if w else (1, 0)
-    by_layer = ranks > 1 and memory.layered(job.size, dtype, device)
-    how = memory.Training(
-        dtype=dtype,
-        moments=job.config.optimizer_state,
-        checkpointing=job.config.checkpointing,
-        tokens=memory.microbatch(tokens, w.samples, answer, prompt, not by_layer) if w else tokens,
-        prompt=0 if by_layer else prompt,
-        answer=answer,
-        ranks=ranks,
-        layered=by_layer,
-        copy=w is not None,
-        replicas=1 if device.gpu else memory.replicas(job.size, threads),
-        learners=w.learners if w else 1,
-        frozen=job.frozen,
-        holes=device.holes,
-    )
-    return memory.training(job.model, job.size, how)
+    many = not device.gpu and ranks == 1 and dtype == "float32"  # as liubai.learn.replicas
+
+    def update(size: Sizes, alone: bool, whole: float) -> dict[str, float]:
+        by_layer = ranks > 1 and memory.layered(size, dtype, device)
+        shared = not (by_layer or alone)
+        how = memory.Training(
+            dtype=dtype,
+            moments=job.config.optimizer_state,
+            checkpointing=job.config.checkpointing,
+            tokens=memory.microbatch(tokens, w.samples, answer, prompt, shared) if w else tokens,
+            prompt=prompt if shared else 0,
+            answer=answer,
+            ranks=ranks,
+            layered=by_layer,
+            whole=whole,
+            replicas=memory.replicas(size, threads) if many else 1,
+            holes=device.holes,
+        )
+        return memory.training(job.model, size, how)
+
+    whole = sum(model.bytes for model in readers(job, device))
+    if w and ranks > 1:  # a copy beside the parts, to write answers
+        whole += Model(config=job.model, size=job.size, dtype=dtype).bytes
+    updates = [update(job.size, bool(w and w.alone), whole)]
+    if job.critic:
+        updates.append(update(job.critic, True, 0.0))
+    return memory.one_after_the_other(updates)
 
 
 # words

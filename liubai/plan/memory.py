@@ -10,6 +10,7 @@ Letters: D hidden, H query heads, K key/value heads, E head size, M intermediate
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,21 +24,25 @@ from liubai.learn.replicas import LARGEST
 from liubai.learn.update import UpdateConfig
 from liubai.model.config import ModelConfig
 from liubai.model.lora import LoraConfig
+from liubai.model.scorer import Scorer
 from liubai.model.transformer import Transformer
 from liubai.plan.hardware import SIZES, Device
 from liubai.rollout.cache import NARROWEST
 from liubai.rollout.torch_engine import PREFILL_TOKENS
 
 FLOAT32 = SIZES["float32"]
+#: parts of a trainer's memory that are there between two updates, too
+KEPT = ("weights", "masters", "moments", "whole models")
 #: tokens from which on a prompt is read once for all its answers
 SHARED = cast(int, UpdateConfig.__dataclass_fields__["share_from"].default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """Numbers of parameters. ``trained`` are all, or those of adapters; ``by_muon`` of them have one moment;
-    ``layer`` is a layer's, ``ends`` what stands before and after the layers, ``largest`` a single tensor's.
-    ``inner`` multiply every token that is read; ``head``, every token whose next one is asked for."""
+    """Numbers of parameters. ``trained`` are all, or those of adapters, which stand beside; ``by_muon`` of
+    them have one moment; ``layer`` is a layer's, ``ends`` what stands before and after the layers,
+    ``largest`` a single tensor's. ``inner`` multiply every token that is read; ``head``, every token whose
+    next one is asked for."""
 
     parameters: int
     trained: int
@@ -48,10 +53,17 @@ class Sizes:
     inner: int
     head: int
 
+    @property
+    def adapters(self) -> int:
+        return self.trained if self.trained != self.parameters else 0
 
-def sizes(config: ModelConfig, *, lora: LoraConfig | None = None, muon: bool = False) -> Sizes:
+
+def sizes(
+    config: ModelConfig, *, lora: LoraConfig | None = None, muon: bool = False, scorer: bool = False
+) -> Sizes:
+    """Of a language model, or of a ``scorer`` with its trunk, whose head is one row."""
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Scorer(config) if scorer else Transformer(config)
     shapes = dict(model.named_parameters())
     total = sum(p.numel() for p in shapes.values())
     in_layers = sum(p.numel() for p in model.layers.parameters())
@@ -70,7 +82,7 @@ def sizes(config: ModelConfig, *, lora: LoraConfig | None = None, muon: bool = F
         inner=sum(
             p.numel() * _uses(config, name) for name, p in model.layers.named_parameters() if p.ndim == 2
         ),
-        head=config.vocab_size * config.hidden_size,
+        head=(1 if scorer else config.vocab_size) * config.hidden_size,
     )
 
 
@@ -99,10 +111,8 @@ class Training:
     answer: int = 1
     ranks: int = 1
     layered: bool = False  #: do ranks have the weights layer by layer, or all at once?
-    copy: bool = False  #: do ranks that share the weights out have a whole copy beside, to write answers?
+    whole: float = 0.0  #: bytes of models that are whole on every rank: a copy that writes, others that read
     replicas: int = 1
-    learners: int = 1  #: models that learn: two with a critic
-    frozen: int = 0  #: others that only read: the reference of a KL, a teacher
     holes: float = 0.0  #: what the allocator keeps beside, a share of what comes and goes
 
 
@@ -124,19 +134,19 @@ def microbatch(tokens: int, samples: int, answer: int, prompt: int, shared: bool
 
 def states(size: Sizes, how: Training) -> dict[str, float]:
     """Weights, gradients, masters and moments, of which every rank holds its share; other models are whole on
-    each. Alone, weights of 16 bits stand beside their masters; shared out, the masters are the weights, and
-    come together in 16 bits (:mod:`liubai.learn.sharded`)."""
+    each. Alone, weights of 16 bits stand beside the masters of those that are trained; shared out, all of
+    them are in 32 bits, and come together in 16 (:mod:`liubai.learn.sharded`)."""
     b, wide = SIZES[how.dtype], max(FLOAT32, SIZES[how.dtype])
-    frozen = size.parameters - size.trained
     moments = (2 * size.trained - size.by_muon) * SIZES[how.moments]
+    held = size.parameters + size.adapters
     if how.ranks == 1:
-        weights, masters = b * size.parameters, (wide * size.trained if b < wide else 0)
+        weights, masters = b * held, (wide * size.trained if b < wide else 0)
     else:
-        weights, masters = wide * size.trained + b * frozen, 0
+        weights, masters = wide * held, 0
     shares = {"weights": weights, "gradients": wide * size.trained, "masters": masters, "moments": moments}
     return {
-        **{name: how.learners * value / how.ranks for name, value in shares.items()},
-        "whole models": (how.frozen + (how.copy and how.ranks > 1)) * b * size.parameters,
+        **{name: value / how.ranks for name, value in shares.items()},
+        "whole models": how.whole,
     }
 
 
@@ -166,14 +176,14 @@ def training(config: ModelConfig, size: Sizes, how: Training) -> dict[str, float
     kept = layers * entering + whole if how.checkpointing else layers * whole
     # the backward pass writes a layer's gradients while its activations are still there
     alive = tokens * (kept + whole + 3 * b * config.hidden_size)
-    logits = min(tokens * config.vocab_size, max(CHUNK_LOGITS, config.vocab_size))
-    chunked = tokens * config.vocab_size > logits
+    rows = size.head // config.hidden_size
+    logits = min(tokens * rows, max(CHUNK_LOGITS, rows))
     # logits, probabilities and their gradient; the head's own gradient is a sum before it is added
-    chunk = 3 * FLOAT32 * logits + FLOAT32 * (size.head if chunked or size.trained == size.parameters else 0)
+    chunk = 3 * FLOAT32 * logits + FLOAT32 * (0 if size.adapters else size.head)
     gathered = 0.0
-    if how.ranks > 1:  # weights and gradients: of the whole model, or of two layers on their way and the ends
+    if how.ranks > 1:  # of the whole model, or of two layers on their way and the ends
         at_once = 2 * size.layer + size.ends if how.layered else size.parameters
-        gathered = float(at_once * (b + FLOAT32))
+        gathered = float((at_once + size.adapters) * b + min(at_once, size.trained) * FLOAT32)
     parts = {
         **states(size, how),
         "gathered": gathered,
@@ -183,6 +193,13 @@ def training(config: ModelConfig, size: Sizes, how: Training) -> dict[str, float
     }
     moving = parts["activations"] + parts["logits"] + parts["gradients"] + parts["replicas"]
     return {**parts, "holes": how.holes * moving}
+
+
+def one_after_the_other(updates: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The parts of the peak where several models learn, a policy and its critic: the largest of their
+    updates, beside what all of them keep."""
+    peak = max(updates, key=lambda parts: sum(size for name, size in parts.items() if name not in KEPT))
+    return peak | {name: sum(parts[name] for parts in updates) for name in KEPT}
 
 
 def replicas(size: Sizes, threads: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,24 @@ from liubai.recipe.recipe import StagePlan
 from liubai.stages.config import Trained
 from liubai.stages.policy import PolicyConfig
 
-#: kinds of stages that leave a checkpoint
+#: kinds of stages that leave a checkpoint, and those that leave a model that judges
 LEAVE_ONE = ("pretrain", "sft", "dpo", "rl", "ppo", "distill")
+JUDGES = ("reward_model", "process")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """A model that is only read. ``dtype`` is that of the stage where it is None."""
+
+    model: ModelConfig
+    size: Sizes
+    dtype: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A stage that trains. ``work`` is what stands in a step of one that learns from its own answers."""
+    """A stage that trains. ``work`` is what stands in a step of one that learns from its own answers;
+    ``critic`` learns beside it."""
 
     stage: str
     kind: str
@@ -32,7 +44,8 @@ class Job:
     size: Sizes
     config: Trained
     work: Work | None
-    frozen: int = 0  #: models that are only read: a KL's reference, a teacher, models that judge
+    frozen: tuple[Reader, ...] = ()  #: a KL's reference, a teacher, models that judge
+    critic: Sizes | None = None
 
     @property
     def lora(self) -> LoraConfig | None:
@@ -52,21 +65,19 @@ def jobs(
         if not isinstance(config, Trained):
             continue
         model = shapes.of(plan)
-        size = sizes(model, lora=getattr(config, "lora", None), muon=plan.kind == "pretrain")
-        work, frozen = None, 0
-        if isinstance(config, PolicyConfig):
-            work, frozen = _work(config, plan.kind, tokens, prompt)
-        elif plan.kind == "dpo":
-            frozen = 1
+        lora, scores = getattr(config, "lora", None), plan.kind in JUDGES
+        policy = config if isinstance(config, PolicyConfig) else None
         found.append(
             Job(
                 stage=plan.name,
                 kind=plan.kind,
                 model=model,
-                size=size,
+                size=sizes(model, lora=lora, muon=plan.kind == "pretrain", scorer=scores),
                 config=config,
-                work=work,
-                frozen=frozen,
+                work=_work(policy, plan.kind, tokens, prompt) if policy else None,
+                frozen=tuple(shapes.readers(plan, policy)) if policy else (),
+                # all of it learns, whatever the policy's adapters
+                critic=sizes(model, scorer=True) if plan.kind == "ppo" else None,
             )
         )
     if not found:
@@ -74,29 +85,21 @@ def jobs(
     return found
 
 
-def _work(config: PolicyConfig, kind: str, tokens: float | None, prompt: int) -> tuple[Work, int]:
+def _work(config: PolicyConfig, kind: str, tokens: float | None, prompt: int) -> Work:
     if tokens is not None and tokens > config.max_tokens:
         raise UserError(f"--tokens {tokens:g} is more than max_tokens, {config.max_tokens}; lower it")
     loss: Any = getattr(config, "loss", None)
-    forwards, frozen = 0, 0
-    if loss is not None:
-        forwards += loss.importance != "none" or loss.top_entropy < 1
-        frozen += loss.kl > 0
-    frozen += kind == "distill"
-    weights = [config.rewards, *config.rewards_of.values()]
-    frozen += any(w.preference for w in weights) + any(w.process for w in weights)
-    work = Work(
+    return Work(
         groups=config.groups,
         samples=config.samples,
         prompt=prompt,
         tokens=tokens or config.max_tokens / 2,
         longest=config.max_tokens,
-        forwards=forwards + frozen,
-        learners=2 if kind == "ppo" else 1,
+        forwards=float(loss is not None and (loss.importance != "none" or loss.top_entropy < 1)),
+        alone=kind == "distill",
         checkpointing=config.checkpointing,
         moments=config.optimizer_state,
     )
-    return work, frozen
 
 
 class _Shapes:
@@ -105,8 +108,37 @@ class _Shapes:
     def __init__(self, recipe: Recipe, given: Path | None) -> None:
         self.plans = {plan.name: plan for plan in recipe.stages}
         self.given = read_shape(given) if given else None
+        self.known: dict[str, ModelConfig] = {}
 
     def of(self, plan: StagePlan) -> ModelConfig:
+        if plan.name not in self.known:
+            self.known[plan.name] = self._found(plan)
+        return self.known[plan.name]
+
+    def readers(self, plan: StagePlan, config: PolicyConfig) -> Iterator[Reader]:
+        """The models that a stage reads beside its own. Judges are loaded in float32, each the first of its
+        kind (:mod:`liubai.stages.scoring`); where no stage left one, steps are checked by rule."""
+        if getattr(getattr(config, "loss", None), "kl", 0):
+            yield Reader(model=self.of(plan), size=sizes(self.of(plan)))
+        if plan.kind == "distill":
+            teacher = self.of(self._teacher(plan, config))
+            yield Reader(model=teacher, size=sizes(teacher))
+        weights = [config.rewards, *config.rewards_of.values()]
+        asked = (any(w.preference for w in weights), any(w.process for w in weights))
+        for kind, wanted in zip(JUDGES, asked, strict=True):
+            given = [name for name in plan.parents if self.plans[name].kind == kind]
+            if wanted and given:
+                shape = self.of(self.plans[given[0]])
+                yield Reader(model=shape, size=sizes(shape, scorer=True), dtype="float32")
+
+    def _teacher(self, plan: StagePlan, config: PolicyConfig) -> StagePlan:
+        left = [self.plans[name] for name in plan.parents if self.plans[name].kind in LEAVE_ONE]
+        others = left if config.model else left[1:]
+        if not others:
+            raise UserError(f"stage '{plan.name}' has no teacher; name the stage that leaves it in 'from'")
+        return others[0]
+
+    def _found(self, plan: StagePlan) -> ModelConfig:
         from liubai.stages import pretrain
 
         config = plan.config

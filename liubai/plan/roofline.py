@@ -20,7 +20,8 @@ from liubai.plan.memory import Sizes, activations, kv_bytes
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """A step of a stage that learns from its own answers. ``tokens`` is an answer's mean length. ``forwards``
-    are more readings of every token, beside learning: old log-probabilities, a reference, a teacher."""
+    are more readings of every token beside learning, for old log-probabilities; models that are ``frozen``
+    read each once."""
 
     groups: int
     samples: int
@@ -28,7 +29,9 @@ class Work:
     tokens: float
     longest: int
     forwards: float = 0.0
-    learners: int = 1
+    frozen: tuple[Model, ...] = ()
+    epochs: int = 1  #: times that is learned from each token
+    alone: bool = False  #: does every answer bring its own prompt, or all of a group one?
     checkpointing: bool = False
     moments: str = "float32"
     microbatch: int = 65536
@@ -179,22 +182,22 @@ def update(
     exchange of parts, and the optimizer's walk over memory. ``context``: how far back a token looks."""
     size = model.size
     # layer by layer, a prompt is read with each of its answers
-    read = work.written + (work.answers if work.layered else work.groups) * work.prompt
-    share = size.trained / size.parameters
+    prompts = work.answers if work.layered or work.alone else work.groups
+    read = work.written + prompts * work.prompt
+    back = work.context if context is None else context
+    share, again = min(1.0, size.trained / size.parameters), 1 if work.checkpointing else 0
     # forward, backward into the activations, and into what is trained; checkpointing goes forward once more
-    passes = 2 + min(1.0, share) + (1 if work.checkpointing else 0)
-    inner = 2 * size.inner * (passes + work.forwards) * read
+    inner = 2 * size.inner * (work.epochs * (2 + share + again) + work.forwards) * read
     # the head's logits are computed again in the backward pass, chunk by chunk
-    head = 2 * size.head * (3 + min(1.0, share) + work.forwards) * work.written
-    looks = (
-        model.attention(work.context if context is None else context)
-        * (3 + (1 if work.checkpointing else 0) + work.forwards)
-        * work.written
-    )
-    speed = device.speed(model.dtype) * device.training * ranks
-    arithmetic = work.learners * (inner + head + looks) / speed
+    head = 2 * size.head * (work.epochs * (3 + share) + work.forwards) * work.written
+    looks = model.attention(back) * (work.epochs * (3 + again) + work.forwards) * work.written
+    seconds = (inner + head + looks) / device.speed(model.dtype)
+    for other in work.frozen:
+        once = 2 * other.size.inner * read + (2 * other.size.head + other.attention(back)) * work.written
+        seconds += once / device.speed(other.dtype)
+    arithmetic = seconds / device.training / ranks
     kept = activations(model.config, model.dtype)[0] * model.config.num_hidden_layers * read
-    walks = device.walks * (4 / 3 if work.checkpointing else 1) * work.learners
+    walks = device.walks * (4 / 3 if work.checkpointing else 1) * work.epochs
     stream = device.bandwidth * device.streaming
     exchange = 0.0
     if ranks > 1:
@@ -202,9 +205,9 @@ def update(
         rounds = math.ceil(read / ranks / work.microbatch) if work.layered else 1
         weights = (2 if work.layered else 1) * SIZES[model.dtype] * size.parameters
         moved = rounds * (weights + 4 * size.trained) * (ranks - 1) / ranks
-        exchange = work.learners * moved / device.between(ranks)
+        exchange = work.epochs * moved / device.between(ranks)
     moments = 2 * SIZES[work.moments]
-    walked = work.learners * 2 * size.trained * (2 * 4 + moments) / ranks
+    walked = work.epochs * 2 * size.trained * (2 * 4 + moments) / ranks
     return {
         "arithmetic": arithmetic,
         "activations": walks * kept / stream / ranks,
