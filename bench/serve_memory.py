@@ -1,9 +1,13 @@
 """``python -m bench.serve_memory CHECKPOINT``: does a server under load grow?
 
 The clients of :mod:`bench.serve` for ``--minutes``, and every ``--every`` seconds the resident memory of both
-processes: HTTP's, and the model's. At the end the slope of each, by least squares over what comes after the
-first fifth (caches fill, allocators find their size), with its standard error, an hour and an answer. A leak
-is a slope of several standard errors that a longer run does not make smaller.
+processes: HTTP's, and the model's. At the end, for each: the slope of its second third and that of its last
+(in the first, caches fill and allocators find their size), an hour and an answer, with their standard errors;
+and how often it grew by a megabyte or more from one look to the next, and by how much in all.
+
+A leak has the same slope in both thirds. A staircase, of tables that double and of room for more answers at
+once, has fewer and fewer steps: its slope falls. One look says nearly what the one before it said, so a
+slope is that of the line through the means of a few blocks of looks, and its error that of these means.
 """
 
 from __future__ import annotations
@@ -16,8 +20,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from bench.serve import Seen, below, client, command_of, free_port, resident_mb, running
+
+#: Of the looks of a third.
+BLOCKS = 4
+#: Megabytes from one look to the next that are a step. (What comes and goes is less.)
+STEP_MB = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +41,18 @@ class Look:
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Of the line through the points, and its standard error."""
-    line = statistics.linear_regression(x, y)
-    rest = sum((b - line.slope * a - line.intercept) ** 2 for a, b in zip(x, y, strict=True))
-    spread = sum((a - statistics.fmean(x)) ** 2 for a in x)
-    return line.slope, math.sqrt(rest / (len(x) - 2) / spread)
+    """Of the line through the means of ``BLOCKS`` blocks of the points, and its standard error."""
+    edges = [i * len(x) // BLOCKS for i in range(BLOCKS + 1)]
+    at, means = ([statistics.fmean(values[a:b]) for a, b in pairwise(edges)] for values in (x, y))
+    line = statistics.linear_regression(at, means)
+    rest = sum((b - line.slope * a - line.intercept) ** 2 for a, b in zip(at, means, strict=True))
+    spread = sum((a - statistics.fmean(at)) ** 2 for a in at)
+    return line.slope, math.sqrt(rest / (BLOCKS - 2) / spread)
+
+
+def steps(megabytes: Sequence[float]) -> list[float]:
+    """What was added from one look to the next, where that is ``STEP_MB`` or more."""
+    return [b - a for a, b in pairwise(megabytes) if b - a >= STEP_MB]
 
 
 async def looks(port: int, pid: int, clients: int, minutes: float, every: float, most: int) -> list[Look]:
@@ -62,17 +79,24 @@ async def looks(port: int, pid: int, clients: int, minutes: float, every: float,
 
 
 def report(found: Sequence[Look]) -> None:
-    kept = found[len(found) // 5 :]
-    if len(kept) < 3:
+    third = len(found) // 3
+    if third < BLOCKS:
         sys.exit("bench: too few looks for a slope; give more --minutes, or look more often with --every")
+    parts = {"second": found[third : 2 * third], "last": found[2 * third :]}
     for name in ("http", "model"):
-        megabytes = [getattr(look, f"{name}_mb") for look in kept]
-        hourly, doubt = slope([look.seconds / 3600 for look in kept], megabytes)
-        each, error = slope([float(look.answers) for look in kept], megabytes)
-        print(
-            f"{name:6} {hourly:+8.2f} ± {doubt:.2f} MB an hour   "
-            f"{1024 * each:+8.4f} ± {1024 * error:.4f} kB an answer"
-        )
+        for which, looked in parts.items():
+            megabytes = [getattr(look, f"{name}_mb") for look in looked]
+            hourly, doubt = slope([look.seconds / 3600 for look in looked], megabytes)
+            each, error = slope([float(look.answers) for look in looked], megabytes)
+            print(
+                f"{name:6} {which:6} third {hourly:+8.2f} ± {doubt:.2f} MB an hour   "
+                f"{1024 * each:+8.4f} ± {1024 * error:.4f} kB an answer   {_grew(megabytes)}"
+            )
+
+
+def _grew(megabytes: Sequence[float]) -> str:
+    found = steps(megabytes)
+    return f"steps: {len(found)}, of {sum(found):.1f} MB together"
 
 
 def main() -> None:

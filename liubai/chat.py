@@ -56,7 +56,7 @@ HELP = """\
 /tokens N            the longest answer
 /seed N              decides every random draw, from the next question on
 /show on|off         show the thought
-/keep on|off         a conversation: earlier questions and answers are read again
+/keep on|off         a conversation, begun anew: from now on, earlier questions and answers are read again
 /settings            what is set
 /quit                or Ctrl-D"""
 
@@ -227,16 +227,28 @@ class Terminal:
             print(wrong, file=sys.stderr)
         elif name == "keep":
             self.said.clear()
+            if self.settings.keep:
+                print("a conversation begins with the next question; nothing before it is read again")
         elif name == "seed":
             self.turn = 0
 
     def set(self, command: str, text: str) -> str | None:
         """Set it, unless no question could then be answered: a sentence why."""
         before = replace(self.settings)
-        wrong = self.settings.set(command, text) or self.wrong()
+        wrong = self.settings.set(command, text) or self._too_long(command) or self.wrong()
         if wrong is not None:
             self.settings = before
         return wrong
+
+    def _too_long(self, command: str) -> str | None:
+        """Room is made at the start, and an answer would be cut to it."""
+        room = self.house.find(None).max_length
+        if command != "tokens" or self.settings.max_tokens < room:
+            return None
+        return (
+            f"there is room for {room} tokens, with the question; start with "
+            f"--max-tokens {self.settings.max_tokens} for more, as far as the model goes"
+        )
 
     def wrong(self) -> str | None:
         """Why no question can be answered as things are set, if that is so."""

@@ -180,6 +180,20 @@ def test_what_no_question_could_be_answered_with_is_refused_at_once(
     assert "hello" in capsys.readouterr().out
 
 
+def test_an_answer_longer_than_the_room_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Room is made at the start; the answer would be cut to it, and nobody told."""
+    chat, writer = talk(monkeypatch, ["/tokens 4095", "/tokens 4096", "/tokens 99999", "x"])
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(";")[0] for line in told] == [
+        "there is room for 4096 tokens, with the question"
+    ] * 2
+    assert "--max-tokens 99999" in told[1]
+    assert chat.settings.max_tokens == 4095
+    assert len(writer.requests) == 1
+
+
 def test_python_is_refused_where_no_sandbox_works(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,6 +246,7 @@ def test_questions_stand_alone_unless_kept(
     printed = capsys.readouterr()
     assert printed.out.count("hm\nhello\n") == 5
     assert "/keep on" in printed.out
+    assert printed.out.count("a conversation begins with the next question") == 2
     assert HELP in printed.out
     assert printed.err == "there is no command /nope; /help lists them\n"
     assert printed.out.endswith("> \n")

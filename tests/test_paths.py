@@ -25,6 +25,7 @@ from liubai.errors import UserError
 from liubai.problems import family
 from liubai.problems.family import distinct_problems
 from liubai.recipe.recipe import load_recipe
+from liubai.rollout import tree as tree_module
 from liubai.rollout.beam import BeamSearch
 from liubai.rollout.engine import Request, generate
 from liubai.rollout.local import LocalWriter, run
@@ -128,6 +129,8 @@ def test_how_many_are_written_at_once() -> None:
     names = ("greedy", "vote:5", "beam:3", "tree:50", "tree:50:process")
     assert [PathsConfig.parse(name).at_once for name in names] == [1, 5, 3, 6, 6]
     assert PathsConfig(kind="tree", value="process", branch=7).at_once == 7
+    assert [PathsConfig.parse(name).in_all for name in names] == [1, 5, 3, 300, 300]
+    assert PathsConfig(kind="tree", simulations=9, value="rollouts", branch=7, rollouts=3).in_all == 90
 
 
 # --- the vote -------------------------------------------------------------------------------------
@@ -556,13 +559,48 @@ def test_rollouts_agree_by_their_share() -> None:
     assert paths[chosen].ended
 
 
+@pytest.mark.parametrize("value", ["process", "rollouts"])
+def test_what_is_finished_is_read_once(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read an answer is to decode it; a tree asks for it at every visit."""
+    read = list[Any]()
+
+    def counted(asked: Ask, draft: Any) -> Path:
+        read.append(draft)
+        return path_of(asked, draft)
+
+    monkeypatch.setattr(tree_module, "path_of", counted)
+    search, paths, _ = searched(Maze(), value=value, simulations=30)
+    assert len(read) == len(search.finished) == len(paths)
+
+
+def test_others_are_heard_while_a_tree_reads_its_paths() -> None:
+    search = TreeSearch(Maze(), ask(), TreeSettings(value="rollouts", simulations=30), Spent(), ballot)
+    turns, at = 0, list[int]()
+    shown = search._path
+
+    def noted(*given: Any) -> Path:
+        at.append(turns)
+        return shown(*given)
+
+    async def story() -> None:
+        nonlocal turns
+        searching = asyncio.create_task(search.run())
+        while not searching.done():
+            turns += 1
+            await asyncio.sleep(0)
+
+    search._path = noted  # type: ignore[method-assign]
+    asyncio.run(story())
+    assert len(set(at)) == len(at) == len(search.finished) > 10
+
+
 def test_a_budget_of_tokens_ends_the_search() -> None:
     free, _, _ = searched(Maze(0.5), simulations=60)
     bounded, _, _ = searched(Maze(0.5), simulations=60, tokens=50)
     assert free.simulations == 60
     assert bounded.simulations < 60
     before = bounded.spent.written
-    longest = max(p.tokens for p in [path_of(ask(), d) for d in free.finished.values()])
+    longest = max(found.path.tokens for found in free.finished.values())
     assert (
         50 <= before <= 50 + 5 * longest
     )  # the last simulation's four steps, and what is written in the end

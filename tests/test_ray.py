@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,8 @@ def test_with_a_node_its_actor_is_lost_and_finds_another(
         assert kills({1}, remove) == []
         run(config_of(), tmp_path / "lost", base, cluster)
         assert cluster._engine is not None
-        assert cluster._engine.losses == 1
+        # two, where Ray does not know yet that the node is gone, and puts the next one there, too
+        assert cluster._engine.losses in (1, 2)
     assert len(added) == 1
     assert_same_run(tmp_path / "quiet", tmp_path / "lost")
 
@@ -254,7 +256,7 @@ def test_a_grader_node_lost_costs_no_verdict(nodes: Nodes, tmp_path: Path) -> No
 
 
 def test_what_fails_in_every_actor_is_said_at_once(nodes: Nodes) -> None:
-    def refuses() -> Any:
+    def refuses(place: int, stack: ExitStack) -> Any:
         raise UserError("nothing like it here")
 
     with Cluster(nodes.address, View(), actors=1) as cluster:

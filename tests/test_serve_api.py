@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -789,8 +790,10 @@ async def _left(places: Any) -> None:
     places.__exit__(None, None, None)
 
 
-def test_a_client_that_leaves_frees_its_slot_at_once(server: Running, host: Host) -> None:
-    """In the middle of a stream, and while it waits for a whole answer."""
+@pytest.mark.parametrize("more", [b"", b"x", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 20])
+def test_a_client_that_leaves_frees_its_slot_at_once(server: Running, host: Host, more: bytes) -> None:
+    """In the middle of a stream, and while it waits for a whole answer; whatever it sent behind its
+    request."""
     for stream in (True, False):
         before = host.figures().cancelled
         body = {"messages": ASKED, "n": 4, "max_tokens": 480, "stream": stream, "think_at_least": 400}
@@ -798,10 +801,37 @@ def test_a_client_that_leaves_frees_its_slot_at_once(server: Running, host: Host
         if stream:
             assert b"200 OK" in link.recv(100)
         server.run(_until(lambda: host.figures().in_use == 4))
+        if more:
+            link.sendall(more)
+            server.run(asyncio.sleep(0.05))
         link.close()
         server.run(_until(lambda: host.figures().open == 0 and host.figures().in_use == 0))
         assert host.figures().cancelled > before
         assert host._places == 0
+
+
+def test_who_sends_on_and_on_while_it_waits_is_cut_off(server: Running, host: Host) -> None:
+    before = host.figures().cancelled
+    body = {"messages": ASKED, "max_tokens": 480, "think_at_least": 400}
+    with raw(server.port, http("/v1/chat/completions", body)) as link:
+        server.run(_until(lambda: host.figures().in_use == 1))
+        with suppress(ConnectionError):
+            for _ in range(16):
+                link.sendall(b"x" * 4096)
+                server.run(asyncio.sleep(0.001))
+        server.run(_until(lambda: host.figures().in_use == 0))
+        with suppress(ConnectionError):
+            assert link.recv(1) == b""
+    assert host.figures().cancelled > before
+
+
+def test_what_comes_behind_a_request_is_answered_after_it(server: Running) -> None:
+    body = {"messages": ASKED, "max_tokens": 20}
+    with raw(server.port, http("/v1/chat/completions", body) * 3) as link:
+        got = b""
+        while got.count(b'"object":"chat.completion"') < 3:
+            got += (more := link.recv(1 << 16))
+            assert more
 
 
 async def _until(true: Any) -> None:

@@ -10,15 +10,17 @@ from typing import Any, ClassVar
 
 import pytest
 from pydantic import ValidationError
-from serving import ScriptedWriter, call, chat, house_of, says
+from serving import Answer, ScriptedWriter, call, chat, house_of, says
 
 from liubai.rollout.paths import PathsConfig
 from liubai.rollout.writer import Judge
-from liubai.serve import asking
+from liubai.serve import asking, replies
 from liubai.serve.app import create_app
 from liubai.serve.errors import Refused
+from liubai.serve.limits import Limits
 from liubai.serve.router import ROUTES
 from liubai.serve.schema import ChatRequest, CompletionRequest, read
+from liubai.serve.streams import Token
 from liubai.serve.tools import TOOLS
 
 SHORT = {"role": "user", "content": "x"}
@@ -76,6 +78,64 @@ def test_beams_that_there_is_no_memory_for_are_refused_before_they_are_begun() -
     assert chat(create_app(house), paths="beam:4").status == 200  # as many as fit, where nobody said how many
     assert {len(r.prompt_ids) + r.max_tokens for r in writer.requests} == {fits}
     assert chat(create_app(house), paths="vote:4", max_tokens=fits).status == 200
+
+
+def test_as_many_logprobs_are_shown_as_can_be_made_while_others_wait() -> None:
+    writer = says("</think>x")
+    app = create_app(house_of(writer, limits=Limits(answers=64), max_length=16384))
+    asked: dict[str, Any] = {"logprobs": True, "top_logprobs": 20}
+    for way in ({"n": 16, "max_tokens": 1000}, {"paths": "vote:16", "max_tokens": 1000}):
+        refused = chat(app, **asked, **way)
+        assert (refused.status, refused.error["param"]) == (400, "top_logprobs")
+        assert (
+            f"{asking.SHOWN} log-probabilities at most, and 16 answers of 1000 tokens"
+            in refused.error["message"]
+        )
+        assert chat(app, **{**asked, "top_logprobs": 5}, **way).status == 200
+        assert chat(app, **way).status == 200
+    writer.requests.clear()
+    assert chat(app, **asked, n=16).status == 200  # as many as fit, where nobody said how many
+    assert {r.max_tokens for r in writer.requests} == {asking.SHOWN // (16 * 21)}
+
+    def complete(**fields: Any) -> Answer:
+        return call(app, "POST", "/v1/completions", {"prompt": ["x"] * 8, "n": 8, **fields})
+
+    refused = complete(max_tokens=1000, logprobs=5)
+    assert (refused.status, refused.error["param"]) == (400, "logprobs")
+    assert complete(max_tokens=300, logprobs=5).status == 200
+    assert complete(max_tokens=1000).status == 200
+
+
+def test_a_tree_has_a_bound_on_all_that_it_writes() -> None:
+    writer = says("</think>x")
+    app = create_app(house_of(writer, limits=Limits(answers=8)))
+    for wide in (
+        {"kind": "tree", "simulations": 22, "value": "rollouts"},
+        {"kind": "tree", "simulations": 17, "branch": 4, "value": "rollouts", "rollouts": 4},
+    ):
+        refused = chat(app, paths=wide)
+        assert (refused.status, refused.error["param"]) == (400, "paths")
+        assert "128 answers and steps of one tree at most" in refused.error["message"]
+        assert writer.requests == []
+    assert chat(app, paths={"kind": "tree", "simulations": 21, "value": "rollouts"}).status == 200
+
+
+def test_a_spelling_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = says("</think>" + "wait " * 40)
+    decoded = list[int]()
+    decode = type(writer.tokenizer).decode
+
+    def counted(self: Any, ids: Any, *more: Any) -> str:
+        decoded.append(len(ids))
+        return decode(self, ids, *more)
+
+    house = house_of(writer)
+    served = house.find(None)
+    token = Token(served.tokenizer.encode("wait")[0], -0.5, tuple((i, -1.0) for i in range(20)))
+    first = replies.entry(served.tokenizer, token)
+    monkeypatch.setattr(type(writer.tokenizer), "decode", counted)
+    assert replies.entry(served.tokenizer, token) == first
+    assert decoded == []
 
 
 # ---- what it costs ----

@@ -12,8 +12,13 @@ import pytest
 from serving import ScriptedWriter, call_async, house_of, says
 
 from liubai.serve import app as app_module
-from liubai.serve.app import create_app
+from liubai.serve import replies
+from liubai.serve.answering import Choice, answer
+from liubai.serve.app import Answering, create_app
 from liubai.serve.limits import Gate, Gone, Limits
+from liubai.serve.load import HostDied
+from liubai.serve.metrics import Metrics
+from liubai.serve.schema import ChatRequest
 from liubai.serve.server import COLLECTED, Corked, uncollected
 
 CHAT = "/v1/chat/completions"
@@ -123,6 +128,131 @@ def test_what_was_said_before_an_error_is_told_with_it() -> None:
     bodies = asyncio.run(sent(writer))
     assert said(bodies).startswith("we")
     assert events(bodies[-1])[-1]["error"]["type"] == "server_error"
+
+
+async def answered(
+    writer: ScriptedWriter, send: Callable[[Any], Any], metrics: Metrics, leaves_s: float | None = None
+) -> Answering[ChatRequest]:
+    """An answer that is sent through ``send``; it may take so many seconds."""
+    limits = Limits() if leaves_s is None else Limits(answer_s=leaves_s)
+    house = house_of(writer, limits=limits)
+    found = Answering(
+        house, Gate(limits), metrics, ChatRequest, answer, replies.chat_chunks, replies.chat_whole
+    )
+    body = json.dumps({"messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        return parts.pop() if parts else await _forever()
+
+    await found({"headers": [(b"content-type", b"application/json")]}, receive, send)
+    return found
+
+
+def test_a_stream_that_fails_before_its_first_byte_has_the_status_of_its_error() -> None:
+    async def broken(request: Any, heard: Any = None) -> Any:
+        raise HostDied("gone", 3.0)
+
+    writer = says(ANSWER)
+    writer.write = broken  # type: ignore[method-assign]
+    metrics, sent_ones = Metrics(), list[Any]()
+
+    async def send(message: Any) -> None:
+        sent_ones.append(message)
+
+    asyncio.run(answered(writer, send, metrics))
+    head, body = sent_ones
+    assert head["status"] == 503
+    assert (b"retry-after", b"3") in [(name.lower(), text) for name, text in head["headers"]]
+    assert json.loads(body["body"])["error"]["code"] == "model_unavailable"
+    assert metrics.broken.value(code="model_unavailable") == 0
+
+
+def test_a_stream_that_breaks_is_counted() -> None:
+    metrics, sent_ones = Metrics(), list[Any]()
+
+    async def send(message: Any) -> None:
+        sent_ones.append(message)
+
+    asyncio.run(answered(says(ANSWER, held=_forever), send, metrics, leaves_s=0.1))
+    assert sent_ones[0]["status"] == 200
+    assert metrics.broken.value(code="timeout") == 1
+    assert 'liubai_broken_streams_total{code="timeout"} 1' in metrics.text({})
+
+
+@pytest.mark.parametrize("stuck", [0, 1, 2])  # which message: the head, the first words, what comes then
+def test_what_was_not_sent_is_held(stuck: int) -> None:
+    """The client does not read when the answer's time is over, and then it does."""
+    passed = list[Any]()
+    tried = 0
+
+    async def send(message: Any) -> None:
+        nonlocal tried
+        tried += 1
+        if tried == stuck + 1:
+            await _forever()
+        passed.append(message)
+
+    asyncio.run(answered(says(ANSWER, size=4), send, Metrics(), leaves_s=0.2))
+    assert passed[0]["type"] == "http.response.start"
+    if stuck == 0:  # nothing had been said yet
+        assert [m["status"] for m in passed if "status" in m] == [503]
+        return
+    assert [m["status"] for m in passed if "status" in m] == [200]
+    bodies = [m["body"].decode() for m in passed[1:]]
+    assert events(bodies[0])[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert said(bodies).startswith("we")
+    assert events(bodies[-1])[-1]["error"]["code"] == "timeout"
+    assert [m["more_body"] for m in passed[1:]][-1] is False
+
+
+def test_two_who_send_at_once_send_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pulse is about to send the head when the first words come."""
+    monkeypatch.setattr(app_module, "HEAD_S", 0.01)
+    passed = list[Any]()
+
+    async def slow() -> None:
+        await asyncio.sleep(0.03)
+
+    async def send(message: Any) -> None:
+        await slow()
+        passed.append(message)
+
+    writer = says(ANSWER, size=4)
+    write = writer.write
+
+    async def late(*given: Any) -> Any:
+        await asyncio.sleep(0.02)
+        return await write(*given)
+
+    writer.write = late  # type: ignore[method-assign]
+    asyncio.run(answered(writer, send, Metrics()))
+    assert [m["type"] for m in passed].count("http.response.start") == 1
+    bodies = [m["body"].decode() for m in passed[1:]]
+    assert said(bodies) == ANSWER.replace("</think>", "|")
+    assert events("".join(bodies))[-1] == "[DONE]"
+
+
+def test_others_are_heard_while_many_paths_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, at = 0, list[int]()
+    take = Choice.take
+
+    def noted(self: Choice, path: Any) -> None:
+        at.append(turns)
+        take(self, path)
+
+    async def story() -> None:
+        nonlocal turns
+        asked = {"messages": [{"role": "user", "content": "x"}], "paths": "vote:12"}
+        app = create_app(house_of(says(ANSWER)))
+        answering = asyncio.create_task(call_async(app, "POST", CHAT, json.dumps(asked).encode()))
+        while not answering.done():
+            turns += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(Choice, "take", noted)
+    asyncio.run(story())
+    assert len(set(at[:12])) == 12
 
 
 def test_chunks_are_json_whatever_is_said() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from serving import QWEN3, call, chat, continues, house_of, running, says, tokenizer
 
@@ -77,6 +79,26 @@ def test_no_text_can_break_the_reader(text: str) -> None:
 
 
 # ---- what is offered and demanded ----
+
+
+@given(
+    st.recursive(
+        st.from_regex(r"-?[1-9][0-9]{0,3}(\.[0-9]{1,3})?([eE][+-]?[0-9]{1,4})?", fullmatch=True)
+        | st.sampled_from(["1e999", "-1e999", "NaN", "Infinity", "null", '"a"']),
+        lambda inner: st.lists(inner, max_size=3).map(lambda parts: f"[{', '.join(parts)}]"),
+        max_leaves=6,
+    )
+)
+@example("1e999")
+def test_arguments_are_json_for_everybody(value: str) -> None:
+    for arguments in (f'{{"a": {value}}}', json.dumps(f'{{"a": {value}}}')):
+        found = parse_call(f'{{"name": "f", "arguments": {arguments}}}', ["f"])
+        finite = not re.search("NaN|Infinity", value) and all(
+            math.isfinite(float(number)) for number in re.findall(r"-?\d[\d.eE+-]*", value)
+        )
+        assert (found is not None) == finite
+        if found is not None:
+            json.loads(found.arguments, parse_constant=pytest.fail)
 
 
 def test_what_the_template_is_shown() -> None:
@@ -171,6 +193,8 @@ def test_calls_and_results_go_back_to_the_template() -> None:
                 '{"a": "\\ud800"}',  # which JSON can write, and UTF-8 cannot
                 '{"a": [{"\\udfff": 1}]}',
                 '{"a": ' * 65 + "1" + "}" * 65,
+                '{"a": 1e999}',
+                '{"a": NaN}',
             )
         ),
     ],
@@ -269,6 +293,35 @@ def test_one_call_at_most_where_parallel_calls_are_not_wanted(stream: bool) -> N
     answer = chat(app, tools=[WEATHER, TIME], parallel_tool_calls=False, stream=stream)
     assert answer.body.decode().count('"name":"') == 1
     assert writer.cancelled == 1  # the rest is not written
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_one_call_is_the_end_however_the_tokens_come(stream: bool) -> None:
+    """Under load a piece may hold the call's end and the beginning of the next."""
+    found = set()
+    for size in (1, 2, 7, 1000):
+        writer = says(f'</think>\n{CALL}\n<tool_call>\n{{"name": "time", "argum', size=size)
+        options = {"stream_options": {"include_usage": True}} if stream else {}
+        answer = chat(
+            create_app(house_of(writer)),
+            tools=[WEATHER, TIME],
+            parallel_tool_calls=False,
+            stream=stream,
+            **options,
+        )
+        if stream:
+            chunks = answer.chunks()
+            deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+            content = "".join(delta.get("content") or "" for delta in deltas)
+            calls = sum("id" in call for delta in deltas for call in delta.get("tool_calls", ()))
+            finish, usage = chunks[-2]["choices"][0]["finish_reason"], chunks[-1]["usage"]
+        else:
+            (choice,) = answer.json()["choices"]
+            content, calls = choice["message"]["content"], len(choice["message"]["tool_calls"])
+            finish, usage = choice["finish_reason"], answer.json()["usage"]
+        assert (content, calls, finish) == ("" if stream else None, 1, "tool_calls")
+        found.add(json.dumps(usage))
+    assert len(found) == 1
 
 
 def test_a_named_function_is_called() -> None:

@@ -94,6 +94,10 @@ def serve(
         names=tuple(allow_host or ()),
         origins=tuple(_origin(text) for text in cors or ()),
     )
+
+    def said(text: str) -> None:
+        print(text, flush=True)
+
     compute_of(device)
     folders = [checkpoint_folder(path) for path in checkpoints]
     limits = Limits(
@@ -116,6 +120,7 @@ def serve(
             device=device,
             threads=threads,
             patience_s=patience,
+            said=said,
         )
         for called, folder in zip(_names(name or [], folders), folders, strict=True)
     ]
@@ -127,7 +132,7 @@ def serve(
             fast=fast,
             think=think,
             router=Router.load(),
-            said=lambda text: print(text, flush=True),
+            said=said,
         )
     )
     if code:

@@ -229,7 +229,7 @@ class _Process:
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "liubai.grade.worker", str(timeout_s), str(memory_mb)],
+            [sys.executable, "-P", "-m", "liubai.grade.worker", str(timeout_s), str(memory_mb)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

@@ -10,6 +10,7 @@ Shapes: n rows, K key/value heads, T tokens, E head size, H query heads, G = H/K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,10 +27,12 @@ KEEP = 1 << 28
 
 
 class Band:
-    """Rows of at most ``width`` tokens. ``slots[r]`` says whose row ``r`` is."""
+    """Rows of at most ``width`` tokens, never more than ``most``. ``slots[r]`` says whose row ``r`` is."""
 
-    def __init__(self, config: ModelConfig, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.width = width
+    def __init__(
+        self, config: ModelConfig, width: int, dtype: torch.dtype, device: torch.device, most: float
+    ) -> None:
+        self.width, self.most = width, most
         self.slots = torch.empty(0, dtype=torch.long, device=device)
         self._shape = (config.num_hidden_layers, config.num_key_value_heads, width, config.head_dim)
         self.k = torch.empty(0, dtype=dtype, device=device)
@@ -50,7 +53,7 @@ class Band:
 
     def _grow(self, rows: int) -> None:
         layers, heads, width, size = self._shape
-        capacity = rows + max(4, rows // 2)
+        capacity = max(rows, int(min(self.most, rows + max(4, rows // 2))))
         for name in ("k", "v"):
             old: Tensor = getattr(self, name)
             # zeros, not empty: masked columns are multiplied by 0, and 0 × NaN is NaN
@@ -92,17 +95,27 @@ class Band:
 
 
 class BandedCache:
-    """All bands, and the attention of one decoding step over them."""
+    """All bands, and the attention of one decoding step over them.
+
+    A band keeps room for as many rows as it ever had at once and a half more, but not for more than the
+    ``slots`` there are: together they hold the keys and values of fewer than ``slots`` times twice the widest
+    band's tokens.
+    """
 
     def __init__(
-        self, config: ModelConfig, max_length: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        slots: float = math.inf,
     ) -> None:
         self.config = config
         self.group = config.num_attention_heads // config.num_key_value_heads
         widths = [NARROWEST]
         while widths[-1] < max_length:
             widths.append(widths[-1] * 2)
-        self.bands = [Band(config, w, dtype, device) for w in widths]
+        self.bands = [Band(config, w, dtype, device, slots) for w in widths]
 
     def slots(self) -> Tensor:
         """Slot of every live row, in batch order: band after band."""

@@ -132,6 +132,12 @@ class PathsConfig(BaseModel):
             return settings.branch + (settings.rollouts if settings.value == "rollouts" else 0)
         return self.number
 
+    @property
+    def in_all(self) -> int:
+        """Answers that are written, steps of a tree among them; what a tree begins and ends with not
+        counted."""
+        return self.number * self.at_once if self.kind == "tree" else self.number
+
     def tree(self, value: Value) -> TreeSettings:
         """The settings of a tree, whose value has been settled."""
         named = ("simulations", "branch", "c_puct", "step_tokens", "rollouts", "tokens")

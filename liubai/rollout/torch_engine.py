@@ -35,7 +35,9 @@ class TorchEngine:
 
     ``slots`` answers are written at once; ``max_length`` bounds prompt + completion. Waiting requests are let
     in when ``lot`` slots are free, a sixteenth of them unless told otherwise, or nobody writes; it may be
-    changed between steps.
+    changed between steps. As many come as there are free slots. With ``prefill`` a step reads the first of
+    them, and others as long as there are no more distinct tokens than that in all: who is being written does
+    not wait for everybody who comes.
     """
 
     def __init__(
@@ -46,16 +48,18 @@ class TorchEngine:
         slots: int = 256,
         max_length: int = 1024,
         lot: int | None = None,
+        prefill: int | None = None,
     ) -> None:
         self.model = model
         parameter = next(model.parameters())
         self.device = device = parameter.device
         self.slots, self.max_length = slots, max_length
         self.lot = lot or max(1, slots // 16)
+        self.prefill = prefill
         self._round = ROUND if onednn_takes(model.head_weight) else 1
         self._version = -1
         self._eos = torch.tensor(sorted(eos_ids), device=device)
-        self._cache = BandedCache(model.config, max_length, parameter.dtype, device)
+        self._cache = BandedCache(model.config, max_length, parameter.dtype, device, slots)
         self._queue: deque[Partial] = deque()
         self._free = list(range(slots))[::-1]
         self._requests: list[Request | None] = [None] * slots
@@ -274,8 +278,26 @@ class TorchEngine:
             self._release(slot)
         self._free = list(range(self.slots))[::-1]  # slot numbers, too, must not depend on history
 
+    def _let_in(self) -> list[Partial]:
+        """Those of the queue that are read in this step."""
+        room = min(len(self._free), len(self._queue))
+        if self.prefill is None:
+            return [self._queue.popleft() for _ in range(room)]
+        taken: list[Partial] = []
+        texts: set[tuple[int, ...]] = set()
+        tokens = 0
+        while len(taken) < room:
+            text = _text(self._queue[0])
+            if text not in texts:
+                tokens += len(text)
+                if taken and tokens > self.prefill:
+                    break
+                texts.add(text)
+            taken.append(self._queue.popleft())
+        return taken
+
     def _refill(self) -> None:
-        taken = [self._queue.popleft() for _ in range(min(len(self._free), len(self._queue)))]
+        taken = self._let_in()
         slots = [self._free.pop() for _ in taken]
         for slot, p in zip(slots, taken, strict=True):
             r, n = p.request, len(p.completion_ids)
@@ -292,11 +314,10 @@ class TorchEngine:
             if n:
                 self._ids[slot, :n] = torch.tensor(p.completion_ids, device=self.device)
                 self._logprobs[slot, :n] = torch.tensor(p.logprobs, device=self.device)
-        # all but the last token is read at once; the last is fed by the next decoding step
-        texts = [(p.request.prompt_ids + p.completion_ids)[:-1] for p in taken]
+        texts = [_text(p) for p in taken]
         distinct = list(dict.fromkeys(texts))
         row = {text: i for i, text in enumerate(distinct)}
-        for chunk in _chunks(distinct):
+        for chunk in _chunks(distinct, min(PREFILL_TOKENS, self.prefill or PREFILL_TOKENS)):
             at = {row[text]: i for i, text in enumerate(chunk)}
             mine = [i for i, text in enumerate(texts) if row[text] in at]
             keys, values = self._prefill(chunk)
@@ -333,11 +354,16 @@ def _ended(partial: Partial, stop: Stop) -> tuple[Request, Sample]:
     return p.request, Sample(p.request.prompt_ids, p.completion_ids, p.logprobs, stop, p.versions)
 
 
-def _chunks(texts: Sequence[tuple[int, ...]]) -> Iterable[list[tuple[int, ...]]]:
-    """Texts in lots of similar length whose padded size stays under ``PREFILL_TOKENS``."""
+def _text(partial: Partial) -> tuple[int, ...]:
+    """What is read before it goes on: all but the last token, which the next decoding step is fed."""
+    return (partial.request.prompt_ids + partial.completion_ids)[:-1]
+
+
+def _chunks(texts: Sequence[tuple[int, ...]], most: int) -> Iterable[list[tuple[int, ...]]]:
+    """Texts in lots of similar length whose padded size stays under ``most`` tokens, where one text does."""
     lot: list[tuple[int, ...]] = []
     for text in sorted(texts, key=len):
-        if lot and (len(lot) + 1) * len(text) > PREFILL_TOKENS:
+        if lot and (len(lot) + 1) * len(text) > most:
             yield lot
             lot = []
         lot.append(text)

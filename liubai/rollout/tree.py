@@ -29,6 +29,7 @@ Left out: simulations at the same time (virtual loss); many questions fill the e
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -84,6 +85,14 @@ class Node:
         return self.draft.stop is not None
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A thought with its end, read once. ``ballot`` is the same for equal answers; ``None``: no answer."""
+
+    path: Path
+    ballot: str | None
+
+
 class TreeSearch:
     """``await search.run()`` gives all finished paths, and which of them is chosen. ``ballot`` maps equal
     answers to one value. Deterministic by ``ask.seed``: a request's seed is derived from its node's place.
@@ -100,7 +109,7 @@ class TreeSearch:
         self.step_ids = step_ids(ask.template.tokenizer)
         self.root = Node(Draft())
         self.tally: Counter[str] = Counter()  # answers of all finished thoughts, each counted once
-        self.finished: dict[tuple[int, ...], Draft] = {}  # … by their places
+        self.finished: dict[tuple[int, ...], Finished] = {}  # … by their places
         self.simulations = 0
 
     async def run(self) -> tuple[list[Path], int]:
@@ -112,7 +121,10 @@ class TreeSearch:
             self.simulations += 1
         key = await self._choose()
         nodes = {node.key: node for node in self._nodes()}
-        paths = [self._path(draft, nodes.get(place)) for place, draft in self.finished.items()]
+        paths = []
+        for place, found in self.finished.items():
+            paths.append(self._path(found, nodes.get(place)))
+            await asyncio.sleep(0)  # there may be many, and others are to be heard meanwhile
         return paths, list(self.finished).index(key)
 
     def q(self, node: Node) -> float:
@@ -176,30 +188,32 @@ class TreeSearch:
 
     async def _judge(self, node: Node) -> None:
         if self.settings.value == "process":
-            node.worth = await self._process(node.draft)
+            node.worth = await self._process(node)
             return
         if node.ended:
-            node.own[self._ballot(node.draft)] += 1
+            node.own[self.finished[node.key].ballot] += 1
         else:
             ends = await together([self._rollout(node, i) for i in range(self.settings.rollouts)])
-            node.own.update(self._ballot(draft) for draft in ends)
+            node.own.update(found.ballot for found in ends)
         node.worth = 0.0  # the agreement changes with every answer: see ``q``
 
-    async def _rollout(self, node: Node, i: int) -> Draft:
+    async def _rollout(self, node: Node, i: int) -> Finished:
         seed = derive(self.ask.seed, "rollout", *node.key, i)
         draft = await go_on(self.writer, self.ask, node.draft, seed, self.spent)
-        self._finish((*node.key, -1 - i), draft)
-        return draft
+        return self._finish((*node.key, -1 - i), draft)
 
-    async def _process(self, draft: Draft) -> float:
+    async def _process(self, node: Node) -> float:
         """The process model's word on the steps so far; to end without an answer is worth nothing."""
-        path = path_of(self.ask, draft)
-        if draft.stop is not None and path.answer is None:
-            return 0.0
-        ids = draft.ids
-        if draft.stop is None and ids[-1] in opening_ids(self.ask.template.tokenizer):
-            ids = ids[:-1]  # it has begun a step, and nobody can say yet whether that is right
-        text = path.response if draft.stop else self.ask.template.tokenizer.decode(ids)
+        ids, tokenizer = node.draft.ids, self.ask.template.tokenizer
+        if node.ended:
+            path = self.finished[node.key].path
+            if path.answer is None:
+                return 0.0
+            text = path.response
+        else:
+            if ids[-1] in opening_ids(tokenizer):
+                ids = ids[:-1]  # it has begun a step, and nobody can say yet whether that is right
+            text = tokenizer.decode(ids)
         self.spent.judged += len(self.ask.prompt_ids) + len(ids)
         [score] = await self.writer.judge("process", [(self.ask.question, text)])
         return score
@@ -209,7 +223,7 @@ class TreeSearch:
         taken where there is nothing else."""
 
         def liked(node: Node) -> tuple[bool, int, float, float]:
-            usable = not node.ended or self._ballot(node.draft) is not None
+            usable = not node.ended or self.finished[node.key].ballot is not None
             return usable, node.visits, self.q(node), node.prior
 
         node = self.root
@@ -221,7 +235,7 @@ class TreeSearch:
             below := [k for k in self.finished if self._is_below(k, node)]
         ):
             # they were written already: the one whose answer most others share
-            return max(below, key=lambda k: self._agreement(Counter([self._ballot(self.finished[k])])))
+            return max(below, key=lambda k: self._agreement(Counter([self.finished[k].ballot])))
         greedy = replace(self.ask, temperature=0.0)
         draft = await go_on(self.writer, greedy, node.draft, self.ask.seed, self.spent)
         key = (*node.key, -1)
@@ -231,14 +245,13 @@ class TreeSearch:
     def _is_below(self, key: tuple[int, ...], node: Node) -> bool:
         return key[: len(node.key)] == node.key
 
-    def _finish(self, key: tuple[int, ...], draft: Draft) -> None:
-        self.finished[key] = draft
-        if (ballot := self._ballot(draft)) is not None:
+    def _finish(self, key: tuple[int, ...], draft: Draft) -> Finished:
+        path = path_of(self.ask, draft)
+        ballot = None if path.answer is None else self.ballot(path.answer)
+        self.finished[key] = found = Finished(path, ballot)
+        if ballot is not None:
             self.tally[ballot] += 1
-
-    def _ballot(self, draft: Draft) -> str | None:
-        answer = path_of(self.ask, draft).answer
-        return None if answer is None else self.ballot(answer)
+        return found
 
     def _agreement(self, answers: Counter[str | None]) -> float:
         """The mean share that these answers have of all in the tree; no answer shares in nothing."""
@@ -255,13 +268,12 @@ class TreeSearch:
             at += 1
         return found
 
-    def _path(self, draft: Draft, node: Node | None) -> Path:
-        path = path_of(self.ask, draft)
+    def _path(self, found: Finished, node: Node | None) -> Path:
         if node is not None:
-            return replace(path, votes=node.visits, score=self.q(node) if node.visits else None)
+            return replace(found.path, votes=node.visits, score=self.q(node) if node.visits else None)
         if self.settings.value == "rollouts":
-            return replace(path, score=self._agreement(Counter([self._ballot(draft)])))
-        return path
+            return replace(found.path, score=self._agreement(Counter([found.ballot])))
+        return found.path
 
 
 @lru_cache(maxsize=16)

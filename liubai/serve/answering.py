@@ -44,7 +44,7 @@ async def answer(house: House, request: ChatRequest, lull: Lull | None = None) -
     job = await prepared(house, request, decision)
     with job.served.room(job.answers) as writer:
         yield Started(job.served, len(job.ask.prompt_ids), job.route)
-        choices = [Choice(i, job.speech(), job.one_call) for i in range(job.choices)]
+        choices = [Choice(i, job.speech()) for i in range(job.choices)]
         write = _several if job.several else _single
         written = flow(lambda emit: [write(job, writer, choices, i, emit) for i in range(job.choices)], lull)
         async with aclosing(written) as events:
@@ -55,8 +55,8 @@ async def answer(house: House, request: ChatRequest, lull: Lull | None = None) -
 class Choice:
     """A choice, or one of several paths, while it is being written: what was said of it so far."""
 
-    def __init__(self, index: int, speech: Speech, one_call: bool = False) -> None:
-        self.index, self.speech, self.one_call = index, speech, one_call
+    def __init__(self, index: int, speech: Speech) -> None:
+        self.index, self.speech = index, speech
         self.texts: dict[Kind, str] = {"reasoning": "", "content": ""}
         self.path: Path | None = None
         self.stop = Stop.LENGTH
@@ -71,8 +71,7 @@ class Choice:
                 self.texts[one.kind] += one.text
                 found.append(ChoiceSaid(self.index, one.kind, one.text, one.tokens))
             else:
-                if not (self.one_call and place):
-                    found.append(ChoiceCalled(self.index, place, f"call_{secrets.token_hex(12)}", one))
+                found.append(ChoiceCalled(self.index, place, f"call_{secrets.token_hex(12)}", one))
                 place += 1
             if self.answering_at is None and not (isinstance(one, Said) and one.kind == "reasoning"):
                 self.answering_at = time.monotonic()
@@ -81,10 +80,6 @@ class Choice:
     def take(self, path: Path) -> None:
         """It is complete."""
         self.path, self.stop = path, path.sample.stop
-
-    @property
-    def enough(self) -> bool:
-        return self.speech.stopped or (self.one_call and bool(self.speech.calls))
 
     @property
     def finish(self) -> Finish:
@@ -143,12 +138,12 @@ async def until_enough(
     it was complete. Then the rest is not written."""
 
     def heard(piece: Piece) -> None:
-        if choice.enough:
+        if choice.speech.stopped:
             return
         said = choice.speech.hear(piece)
         for event in choice.events(said):
             emit(event, choice.speech.ended)
-        if choice.enough:
+        if choice.speech.stopped:
             writing.cancel()
 
     writing = asyncio.create_task(write(heard))
@@ -156,7 +151,7 @@ async def until_enough(
         result: T | None = await writing
     except asyncio.CancelledError:
         task = asyncio.current_task()
-        if not choice.enough or (task is not None and task.cancelling()):
+        if not choice.speech.stopped or (task is not None and task.cancelling()):
             raise
         result = None
     for event in choice.events(choice.speech.end()):
@@ -204,6 +199,7 @@ async def _several(job: Job, writer: Writer, choices: Sequence[Choice], _: int, 
             heard(i, Piece(path.sample.completion_ids, path.sample.logprobs))
         tell(i, paths[i].speech.end())
         paths[i].take(path)
+        await asyncio.sleep(0)  # a search has hundreds, and others are to be heard meanwhile
     (choice,) = choices
     chosen = outcome.chosen
     for piece in pieces.get(chosen, []):

@@ -80,8 +80,9 @@ class Answering(Response, Generic[R]):
         self.chunks: Callable[[Started, AsyncIterator[Event], R], Chunks] = chunks
         self.whole: Callable[[Started, AsyncIterator[Event], R], Whole] = whole
         self.spoke = False  # the first words have come
-        self.streaming = self.begun = False  # begun: the head of the stream is sent
+        self.begun = False  # the head of the stream is sent
         self.held = ""  # of a stream: what waits for what comes with it
+        self._sending = asyncio.Lock()  # what is held may be sent by the answer, and by the pulse beside it
         self.sent_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,7 +99,8 @@ class Answering(Response, Generic[R]):
             refused = refusal_of(error)
             with suppress(TimeoutError):  # who does not read does not learn it
                 async with asyncio.timeout(FAREWELL_S):
-                    if self.streaming:
+                    if self.begun:
+                        self.metrics.broken.add(code=refused.code or refused.kind)
                         self.held += _event(dumps(refused.body()))
                         await self._flush(send, more=False)
                     else:
@@ -119,7 +121,6 @@ class Answering(Response, Generic[R]):
                 value, _ = await self.whole(started, observed, request)
                 await respond(send, 200, value)
                 return
-            self.streaming = True
             async with self._kept_alive(send):
                 async for chunk in self.chunks(started, observed, request):
                     self.held += _event(chunk)
@@ -127,12 +128,15 @@ class Answering(Response, Generic[R]):
             await self._flush(send, more=False)
 
     async def _flush(self, send: Send, more: bool = True) -> None:
-        data, self.held = self.held.encode("utf-8", "replace"), ""
-        if not self.begun:
-            self.begun = True
-            await send({"type": "http.response.start", "status": 200, "headers": SSE})
-        self.sent_at = time.monotonic()
-        await send(_body(data, more))
+        """What is held goes, and is held until it is gone: whoever waits to send may be cancelled."""
+        async with self._sending:
+            if not self.begun:
+                await send({"type": "http.response.start", "status": 200, "headers": SSE})
+                self.begun = True
+            held = self.held
+            self.sent_at = time.monotonic()
+            await send(_body(held.encode("utf-8", "replace"), more))
+            self.held = self.held[len(held) :]
 
     @asynccontextmanager
     async def _kept_alive(self, send: Send) -> AsyncIterator[None]:

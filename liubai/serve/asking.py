@@ -31,6 +31,10 @@ LONG = 20_000
 #: Bytes of the keys and values of one beam search, at its longest. While it makes room and puts its rows in a
 #: new order, it holds up to three times as many.
 BEAMS = 2 << 30
+#: A tree may write so many times the answers that one request may have written at once.
+SEARCHED = 16
+#: Tokens and alternatives whose log-probabilities one request may ask for.
+SHOWN = 1 << 17
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,6 +86,7 @@ class Job:
             understand=(lambda text: parse_call(text, names)) if names else None,
             tags=self.served.tagged,
             silent=bool(self.built),
+            one_call=self.one_call and not of_path,
             curious=self.curious and not of_path,
             before=self.before,
         )
@@ -123,8 +128,13 @@ async def prepared(house: House, request: ChatRequest, decision: Decision | None
     config = settled(request.way_of_paths(), served.writer.judges(), question)
     seed = secrets.randbits(62) if request.seed is None else request.seed
     max_tokens = most(served, limits.max_tokens, len(prompt_ids), request)
+    alternatives = (request.top_logprobs or 0) if request.logprobs else 0
+    answers = (request.n or 1) * config.at_once
     if request.max_tokens is None and request.max_completion_tokens is None:
-        max_tokens = max(1, min(max_tokens, _longest(served, config) - len(prompt_ids)))
+        max_tokens = min(max_tokens, _longest(served, config) - len(prompt_ids))
+        if request.logprobs:
+            max_tokens = min(max_tokens, SHOWN // (answers * (1 + alternatives)))
+        max_tokens = max(1, max_tokens)
     ask = Ask(
         question=question,
         template=template,
@@ -133,7 +143,7 @@ async def prepared(house: House, request: ChatRequest, decision: Decision | None
         seed=seed,
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=top_p(request.top_p),
-        alternatives=(request.top_logprobs or 0) if request.logprobs else 0,
+        alternatives=alternatives,
         budget=request.budget(served.max_length) if thinks else None,
         at_least=(request.think_at_least or 0) if thinks else 0,
     )
@@ -192,11 +202,31 @@ def _check(job: Job, answers: int) -> None:
         raise bad("several answers at temperature 0 are one and the same", "temperature")
     if job.answers > answers:
         raise bad(f"this server writes {answers} answers at once at most", "paths")
+    if config.in_all > SEARCHED * answers:
+        raise bad(
+            f"this server writes {SEARCHED * answers} answers and steps of one tree at most, this one would "
+            f"have {config.in_all}; lower 'simulations', 'branch' or 'rollouts'",
+            "paths",
+        )
+    if job.curious:
+        require_few(job.answers, ask.max_tokens, ask.alternatives, "top_logprobs")
     tokenizer = job.served.tokenizer
     if ask.at_least:
         words = [tokenizer.encode(word) for pair in AGAIN.values() for word in pair]
         if not any(ids and tokenizer.unknown_id not in ids for ids in words):
             raise bad(f"'{job.served.name}' has no word with which to think on", "think_at_least")
+
+
+def require_few(answers: int, max_tokens: int, alternatives: int, param: str) -> None:
+    """Raises ``Refused`` for more log-probabilities than an answer may carry: each is an object of its own,
+    and all of them are made while others wait."""
+    if answers * max_tokens * (1 + alternatives) > SHOWN:
+        raise bad(
+            f"this server shows {SHOWN} log-probabilities at most, and {answers} answers of {max_tokens} "
+            f"tokens with {alternatives} alternatives each may have more; lower 'max_tokens', 'n' or "
+            f"'{param}'",
+            param,
+        )
 
 
 def _longest(served: Served, config: PathsConfig) -> int:

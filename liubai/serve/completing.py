@@ -10,7 +10,7 @@ from contextlib import aclosing
 from liubai.rollout.engine import Request
 from liubai.seeds import derive
 from liubai.serve.answering import Choice, Emit, Lull, flow, until_enough
-from liubai.serve.asking import beside, most, top_p
+from liubai.serve.asking import beside, most, require_few, top_p
 from liubai.serve.errors import bad
 from liubai.serve.events import ChoiceSaid, Ended, Event, Started, Usage
 from liubai.serve.host import Host
@@ -68,8 +68,9 @@ async def complete(
         usage = Usage(sum(map(len, prompts)), sum(c.tokens for c in choices), 0) if last else None
         emit(Ended(choice.index, choice.finish, usage), last)
 
-    for ids in prompts:
-        most(served, house.limits.max_tokens, len(ids), request)
+    longest = max(most(served, house.limits.max_tokens, len(ids), request) for ids in prompts)
+    if request.logprobs is not None:
+        require_few(len(choices), longest, request.logprobs, "logprobs")
     with served.room(len(choices)) as writer:
         yield Started(served, sum(map(len, prompts)))
         async with aclosing(flow(lambda emit: [one(choice, emit) for choice in choices], lull)) as events:

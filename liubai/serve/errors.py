@@ -56,10 +56,13 @@ class Refused(Exception):
         if retry_after_s is not None:
             self.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
 
+    @property
+    def kind(self) -> str:
+        return TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
     def body(self) -> dict[str, Any]:
-        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {
-            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code},
+            "error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code},
         }
 
 

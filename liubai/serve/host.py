@@ -18,18 +18,19 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from liubai.errors import UserError
 from liubai.model.checkpoint import load_tokenizer, read_config
 from liubai.model.hub import checkpoint_digest, find_folder
 from liubai.rollout.engine import Request
 from liubai.rollout.writer import Beams, Heard, Judge, Piece
+from liubai.serve.errors import named
 from liubai.serve.load import Busy, Figures, HostDied, Moving, State, Unavailable
+from liubai.serve.places import Places
 from liubai.serve.process import Process
 from liubai.serve.wire import NOTE, VERSION, Written, unpack
 from liubai.text.template import template_for
@@ -47,6 +48,8 @@ COLDEST, NARROWEST = 1e-3, 1e-6
 #: Seconds that a process may be silent while answers wait for it. One step may be long: a long question read
 #: by a large model on a small machine.
 PATIENCE = 300.0
+#: A restart may take so many times as long as the last start did, and ``PATIENCE`` in any case.
+LONGER = 10.0
 
 
 @dataclass(slots=True)
@@ -64,7 +67,8 @@ class Host:
     """See the module. ``checkpoint``, ``reward_model`` and ``process_model`` are folders; ``slots`` answers
     are written at once and ``waiting`` more may wait; ``max_length`` bounds prompt + answer in tokens.
     ``threads`` of the model's process: one fewer than there are cores, so that one is left for the server. A
-    process that says nothing for ``patience_s`` although answers wait for it is started again, too.
+    process that says nothing for ``patience_s`` although answers wait for it is started again, too. ``said``
+    is told, for whoever runs the server, when the process ended and what became of it: no path, no question.
 
     Raises ``UserError`` for a folder that is no checkpoint; a file of weights that is broken is found by
     :meth:`start`.
@@ -83,10 +87,12 @@ class Host:
         device: str = "auto",
         threads: int | None = None,
         patience_s: float = PATIENCE,
+        said: Callable[[str], object] = lambda text: None,
     ) -> None:
         if slots < 1 or waiting < 0:
             raise UserError("a model is served in at least one slot, and no fewer than 0 may wait")
         self.name, self.slots, self.waiting, self.patience_s = name, slots, waiting, patience_s
+        self.said = said
         self.folder = find_folder(checkpoint)
         self.config = read_config(self.folder)
         self.tokenizer = load_tokenizer(self.folder, self.config)
@@ -172,6 +178,8 @@ class Host:
             return
         if self.state == "loading":  # whoever waits for it looks by itself
             return
+        if time.monotonic() - self._started > SETTLED:
+            self._pause = FIRST_PAUSE
         silent = f"was silent for {self.patience_s:g} s and was " if process.stuck else ""
         self._fail_open(
             f"the process that was writing for '{self.name}' {silent}ended; it is being started again"
@@ -180,22 +188,50 @@ class Host:
             return
         self.state, self._trouble = "down", f"the process of '{self.name}' ended"
         self._in_use = self._waiting = 0
-        if time.monotonic() - self._started > SETTLED:
-            self._pause = FIRST_PAUSE
         self._keeper = asyncio.get_running_loop().create_task(self._start_again(process))
 
     async def _start_again(self, dead: Process) -> None:
-        self._trouble = await dead.end()
+        try:
+            why = await dead.end()
+        except Exception as error:  # whatever it is, it must not be the end of this task
+            why = self._reason(error)
+        self._trouble = f"it was silent for {self.patience_s:g} s, and {why}" if dead.stuck else why
+        what = "starting"
         while True:
             pause, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
+            self.said(f"{self.name}: {self._trouble}; {what} again in {pause:g} s")
             await asyncio.sleep(pause)
             self._restarts += 1
             try:
-                await self._launch()
-            except (UserError, HostDied, OSError) as error:
-                self.state, self._trouble = "down", str(error)
+                await asyncio.to_thread(self._require_same)
+                async with asyncio.timeout(max(self.patience_s, LONGER * self._load_s)):
+                    await self._launch()
+            except Exception as error:
+                self.state, self._trouble = "down", self._reason(error)
+                what = "trying"
                 continue
+            self.said(f"{self.name}: ready again")
             return
+
+    def _require_same(self) -> None:
+        """Answers name the model that wrote them, by what was in its folder at the start. Raises
+        ``UserError`` where that is something else by now."""
+        if checkpoint_digest(self.folder) != self.version:
+            raise UserError(
+                "its checkpoint has changed since the server was started; put it back, or start the server "
+                "again to serve the new one"
+            )
+
+    def _reason(self, error: Exception) -> str:
+        """Why it could not be started, without the paths of its folders."""
+        if isinstance(error, TimeoutError):
+            return "its process was not ready in time"
+        if not isinstance(error, UserError | HostDied):
+            return named(error)
+        text = str(error)
+        for folder in (self._settings["checkpoint"], *self._settings["judges"].values()):
+            text = text.replace(f"{folder}", Path(folder).name)
+        return text
 
     def _fail_open(self, text: str) -> None:
         open_now, self._open = self._open, {}
@@ -360,34 +396,6 @@ class Host:
         self._answer_rate.add(1)
         if not one.future.done():
             one.future.set_result(result)
-
-
-class Places:
-    """Room that was given to one request; a ``Writer``. What it writes is not refused for want of room."""
-
-    def __init__(self, host: Host, answers: int) -> None:
-        self.host, self.answers = host, answers
-
-    def __enter__(self) -> Self:
-        self.host._places += self.answers
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.host._places -= self.answers
-
-    async def write(self, request: Request, heard: Heard | None = None) -> Sample:
-        return await self.host._write(request, heard)
-
-    async def beams(self, request: Request, width: int) -> Beams:
-        return await self.host._beams(request, width)
-
-    async def judge(self, judge: Judge, answers: Sequence[tuple[str, str]]) -> list[float]:
-        return await self.host.judge(judge, answers)
-
-    def judges(self) -> frozenset[Judge]:
-        return self.host.judges()
 
 
 def _future() -> asyncio.Future[Any]:

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-from liubai.errors import UserError
+from liubai.errors import UserError, is_out_of_memory
 from liubai.model.checkpoint import load
 from liubai.rollout.beam import BeamSearch
 from liubai.rollout.engine import Request, generate
@@ -52,6 +52,9 @@ LONGEST = 0.2
 #: Requests are let in together, for each lot is a pass through the model that holds up all who are being
 #: written: the seconds between two lots for each of these, and at most.
 LOT, LONGEST_LOT = 1e-4, 0.02
+#: Tokens of prompts that are read between two tokens of those who are being written. (One prompt alone may be
+#: longer.)
+PREFILL = 2048
 #: The load is told at least so often while there is work, in seconds.
 REPORT = 1.0
 #: Answers that a judge reads between two steps.
@@ -146,7 +149,11 @@ class Inside:
         model, tokenizer = load(folder, dtype=compute.dtype(), device=device)
         self.model, self.eos_ids = model, tokenizer.eos_ids
         self.engine = TorchEngine(
-            model, eos_ids=self.eos_ids, slots=settings.slots, max_length=settings.max_length
+            model,
+            eos_ids=self.eos_ids,
+            slots=settings.slots,
+            max_length=settings.max_length,
+            prefill=PREFILL,
         )
         self.let_in = 0.0  # when requests last were
         self.engine.load(model.state_dict(), VERSION)
@@ -170,8 +177,10 @@ class Inside:
             cancelled = any(command[0] == "cancel" for command in commands)
             try:
                 ended = self._step()
-            except UserError as error:  # broken weights, no memory: all who were being written are lost
-                self._fail_all(error)
+            except (UserError, RuntimeError) as error:
+                if not isinstance(error, UserError) and not is_out_of_memory(error):
+                    raise
+                self._fail_all(error)  # broken weights, no memory: all who were being written are lost
                 continue
             self.outbox.pass_on(self.engine, ended, news=cancelled)
             self._search()
@@ -227,7 +236,7 @@ class Inside:
         self.asked = deque(search for search in self.asked if search[0].id != stream)
         self.judging = deque(job for job in self.judging if job[0] != stream)
 
-    def _fail_all(self, error: UserError) -> None:
+    def _fail_all(self, error: Exception) -> None:
         told(error)
         for stream in self.outbox.streams():
             self.outbox.close(stream)

@@ -67,13 +67,17 @@ class Metrics:
         )
         self.routes = Counter("liubai_routed_total", "Answers by the way that the router chose.")
         self.gone = Counter("liubai_disconnected_total", "Requests whose client left before the end.")
+        self.broken = Counter(
+            "liubai_broken_streams_total", "Streams that had begun, as 200, and ended with an error."
+        )
         self.first = Histogram("liubai_first_token_seconds", "From the request to its first token.")
         self.total = Histogram("liubai_answer_seconds", "From the request to the end of its answer.")
 
     def text(self, gauges: Mapping[str, tuple[str, Iterable[tuple[Labels, float]]]]) -> str:
         """All of it, with what is measured now: name -> (what it is, values by labels)."""
         lines: list[str] = []
-        for counted in (self.requests, self.tokens, self.routes, self.gone, self.first, self.total):
+        counters = (self.requests, self.tokens, self.routes, self.gone, self.broken)
+        for counted in (*counters, self.first, self.total):
             lines += counted.lines()
         for name, (text, values) in gauges.items():
             lines += _head(name, "gauge", text)

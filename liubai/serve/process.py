@@ -17,6 +17,8 @@ from liubai.serve.wire import Frames, note
 
 #: Bytes read at a time.
 READ = 1 << 18
+#: Seconds in which a killed process should be gone.
+REAP_S = 30.0
 #: How often in the time that it may be silent it is looked after.
 LOOKS = 8
 
@@ -44,7 +46,8 @@ class Process:
         try:
             with theirs:
                 self.popen = subprocess.Popen(
-                    [sys.executable, "-m", "liubai.serve.inside", str(theirs.fileno())],
+                    # -P: nothing is imported from the folder in which the server happens to be started
+                    [sys.executable, "-P", "-m", "liubai.serve.inside", str(theirs.fileno())],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     env={**os.environ, **fixed},
@@ -84,10 +87,14 @@ class Process:
         self._looking = self.loop.call_later(patience_s / LOOKS, self.watch, awaited, patience_s)
 
     async def end(self) -> str:
-        """Kill it, if it lives, and reap it. How it ended."""
+        """Kill it, if it lives, and reap it. How it ended; what hangs in the kernel is waited for no longer
+        than ``REAP_S``."""
         self._unlink()
         self._kill()
-        code = await asyncio.to_thread(self.popen.wait)
+        try:
+            code = await asyncio.to_thread(self.popen.wait, REAP_S)
+        except subprocess.TimeoutExpired:
+            return "its process does not end"
         return f"its process was ended by signal {-code}" if code < 0 else f"its process ended with {code}"
 
     def _kill(self) -> None:

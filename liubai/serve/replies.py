@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +23,8 @@ from liubai.text.tokenizer import TextTokenizer
 
 #: JSON has no −∞: what OpenAI writes for it.
 NEVER = -9999.0
+#: Tokens whose spelling is kept: log-probabilities name the same ones again and again.
+SPELLED = 1 << 16
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -263,11 +265,10 @@ def entry(tokenizer: TextTokenizer, token: Token) -> dict[str, Any]:
 
 
 def _named(tokenizer: TextTokenizer, token: int, logprob: float, space: str) -> dict[str, Any]:
-    return {
-        "token": space + spelled(tokenizer, token),
-        "logprob": number(logprob),
-        "bytes": [*space.encode(), *bytes_of(tokenizer, token)],
-    }
+    name, codes = _spelling(tokenizer, token)
+    if space:
+        name, codes = space + name, (*space.encode(), *codes)
+    return {"token": name, "logprob": number(logprob), "bytes": codes}
 
 
 def _space(tokenizer: TextTokenizer, token: Token) -> str:
@@ -282,7 +283,13 @@ def number(logprob: float) -> float:
 
 
 def spelled(tokenizer: TextTokenizer, token: int) -> str:
-    return tokenizer.decode([token])
+    return _spelling(tokenizer, token)[0]
+
+
+@lru_cache(maxsize=SPELLED)
+def _spelling(tokenizer: TextTokenizer, token: int) -> tuple[str, tuple[int, ...]]:
+    """The text of a token, and its bytes."""
+    return tokenizer.decode([token]), tuple(bytes_of(tokenizer, token))
 
 
 def bytes_of(tokenizer: TextTokenizer, token: int) -> bytes:

@@ -33,7 +33,7 @@ from liubai.serve.router import Router
 
 #: Seconds that an idle connection is kept, and that uvicorn waits at the end (we have waited before).
 IDLE_S, LAST_S = 30, 3
-#: Bytes of a request's head.
+#: Bytes of a request's head, and of what a client may send while it waits for an answer.
 HEAD = 32 << 10
 #: A client that has not taken ``SLOWEST`` bytes between two looks, so many seconds apart, reads no more.
 LOOK_S, SLOWEST = 15.0, 16 << 10
@@ -154,7 +154,18 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            self._listen()
             self._watch()
+
+        def _listen(self) -> None:
+            """uvicorn reads no further when something comes behind a request, and would not see that the
+            client leaves. What comes is kept for later, up to ``HEAD`` bytes."""
+            if self.conn.their_state is not h11.DONE or self.cycle.response_complete:
+                return
+            if len(self.conn.trailing_data[0]) > HEAD:
+                self.transport.abort()
+            else:
+                self.flow.resume_reading()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()

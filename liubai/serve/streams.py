@@ -98,7 +98,8 @@ class Speech:
     ``stops`` end the answer (never the thought) where the first of them is complete. ``understand`` is given
     what stands between the tags of a call: a call is given out, anything else is text again. ``tags``: also
     ``<answer>`` and its end are form, not text; ``silent``: calls and their results that nobody understands
-    are left out (the model's own, whose results it has read). ``single``: tokens are looked at one by one.
+    are left out (the model's own, whose results it has read). ``one_call``: the first call that is given out
+    is the end. ``single``: tokens are looked at one by one.
     """
 
     def __init__(
@@ -110,13 +111,15 @@ class Speech:
         understand: Callable[[str], Call | None] | None = None,
         tags: bool = False,
         silent: bool = False,
+        one_call: bool = False,
         curious: bool = False,
         before: str = "",
         behind: Sequence[int] = (),
     ) -> None:
         self.decoder, self._ends = Decoder(tokenizer, behind), frozenset(tokenizer.eos_ids)
-        self.bare, self.curious, self.single = prefilled is None, curious, curious or bool(stops)
-        self.stopped = False  #: by a stop text
+        self.bare, self.curious, self.one_call = prefilled is None, curious, one_call
+        self.single = curious or bool(stops) or one_call
+        self.stopped = False  #: by a stop text, or by the one call
         self.ended = False  #: the last that was heard is an end token
         self.tokens = 0  #: heard, up to the stop
         self.thought_tokens = 0  #: of these, in the thought and its tags
@@ -220,9 +223,12 @@ class Speech:
             if call is not None:
                 self.calls.append(call)
                 self._out.append(call)
+                self.stopped = self.one_call
             elif not self._silent:
                 self._say("content", f"{CALL}{self._inside}{END_CALL}", ())
             self._state, self._inside = "content", ""
+            if self.stopped:
+                self._pending = ""
         elif mark == THINK:
             self._state = "reasoning"
         elif mark in (END_THINK, END_RESPONSE):

@@ -8,6 +8,7 @@ function that was offered, anything else is text. A call that is demanded (``too
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class Call:
 def parse_call(text: str, names: Collection[str]) -> Call | None:
     """What stands between the tags; ``None`` when it is no call of any of ``names``."""
     try:
-        found = json.loads(text.strip(), parse_constant=_no_constant)
+        found = _loads(text.strip())
     except (ValueError, RecursionError):
         return None
     name = found.get("name") if isinstance(found, dict) else None
@@ -38,16 +39,28 @@ def parse_call(text: str, names: Collection[str]) -> Call | None:
     arguments = found.get("arguments", found.get("parameters", {}))
     if isinstance(arguments, str):  # some write it as OpenAI does
         try:
-            arguments = json.loads(arguments, parse_constant=_no_constant)
+            arguments = _loads(arguments)
         except (ValueError, RecursionError):
             return None
     if not isinstance(arguments, dict):
         return None
-    return Call(name, json.dumps(arguments, ensure_ascii=False))
+    return Call(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+
+
+def _loads(text: str) -> Any:
+    """Raises ``ValueError`` for what is no JSON, and for numbers that would become infinite."""
+    return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
 
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits} is too large")
+    return number
 
 
 def offered(request: ChatRequest) -> list[dict[str, Any]]:
@@ -137,7 +150,7 @@ def text_of_message(message: Message) -> str:
 def _arguments(text: str, message: int, call: int) -> dict[str, Any]:
     place = f"messages[{message}].tool_calls[{call}].function.arguments"
     try:
-        found = json.loads(text or "{}", parse_constant=_no_constant)
+        found = _loads(text or "{}")
     except (ValueError, RecursionError):
         raise bad(f"'{place}' is not JSON", place) from None
     if not isinstance(found, dict):
