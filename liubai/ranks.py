@@ -9,13 +9,19 @@ Rank 0 alone writes files and talks to the terminal. With one process every func
 torch.distributed is not imported. What processes say to each other goes over torch.distributed's object
 collectives, between processes of one run; nothing of it comes from a file or goes to one.
 
+Whoever waits in a collective waits for PATIENCE at most. What rank 0 alone does may take as long as it likes:
+the others look into the store until it is done (:func:`hear`). The store is of torchrun, which ends them when
+rank 0 dies, or of rank 0 itself, and gone with it.
+
 Left out on purpose: how a model is shared out (:mod:`liubai.learn.sharded`), and who starts the processes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -87,8 +93,9 @@ def joined() -> Iterator[None]:
         if not any(sign in str(error) for sign in GONE):
             raise
         raise RankLost(
-            f"another process of this run has ended, or kept rank {_rank} of {_world} waiting for too long; "
-            "its own message says why. The same command goes on from the last resume point"
+            f"another process of this run has ended, or kept rank {_rank} of {_world} waiting for more than "
+            f"{_patience().total_seconds() / 60:g} minutes ({PATIENCE_VARIABLE}); its own message says why. "
+            f"The same command goes on from the last resume point. Heard here: {_first_line(error)}"
         ) from error
     _leave()  # not after an error: the others may never come to where one takes leave
 
@@ -98,7 +105,7 @@ def _join(count: int) -> None:
     from torch import distributed
 
     global _rank, _world
-    patience = timedelta(minutes=float(os.environ.get(PATIENCE_VARIABLE, PATIENCE)))
+    patience = _patience()
     gpu = torch.cuda.is_available()
     if gpu:
         # whoever starts them may show each its own GPU alone
@@ -106,12 +113,26 @@ def _join(count: int) -> None:
     try:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=patience)
     except (RuntimeError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"the {count} processes of this run did not find each other ({first}); start them all at once: "
-            "torchrun --nproc-per-node N -m liubai.cli run RECIPE.toml"
+            f"the {count} processes of this run did not find each other ({_first_line(error)}); start them "
+            "all at once: torchrun --nproc-per-node N -m liubai.cli run RECIPE.toml"
         ) from error
     _rank, _world = distributed.get_rank(), count
+
+
+def _patience() -> timedelta:
+    said = os.environ.get(PATIENCE_VARIABLE, str(PATIENCE))
+    try:
+        minutes = float(said)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < 1e6:
+        raise UserError(f"{PATIENCE_VARIABLE} is a number of minutes, such as {PATIENCE:g}, and not '{said}'")
+    return timedelta(minutes=minutes)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _leave() -> None:
@@ -141,12 +162,32 @@ def on_this_machine() -> int:
 
 
 def mesh(device: str) -> DeviceMesh:
-    """All of them in a row, on their ``device`` of this kind. For more than one."""
+    """All of them in a row, on their ``device`` of this kind. For more than one. Raises ``UserError`` when
+    two have the same GPU."""
     if device not in _meshes:
         from torch.distributed.device_mesh import init_device_mesh
 
+        if device == "cuda":
+            _require_own_gpus(gather(_gpu()))
         _meshes[device] = init_device_mesh(device, (_world,))
     return _meshes[device]
+
+
+def _gpu() -> tuple[str, str]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return socket.gethostname(), str(properties.uuid)
+
+
+def _require_own_gpus(places: Sequence[tuple[str, str]]) -> None:
+    """``places``: machine and GPU of each rank. NCCL does not join two ranks on one GPU."""
+    for number, place in enumerate(places):
+        if (first := places.index(place)) != number:
+            raise UserError(
+                f"ranks {first} and {number} are on the same GPU of {place[0]}; start as many processes on a "
+                'machine as it has GPUs (--nproc-per-node), or set device = "cpu"'
+            )
 
 
 # ---- what all say at the same place of the program ----
@@ -169,19 +210,25 @@ def total(value: float) -> float:
 
 
 def by_main(work: Callable[[], Value]) -> Value:
-    """What ``work`` returns on rank 0, everywhere; a ``UserError`` of its is one everywhere."""
+    """What ``work`` returns on rank 0, everywhere, however long it takes; a ``UserError`` of its is one
+    everywhere."""
     if _world == 1:
         return work()
     from torch import distributed
 
     said: list[Any] = [None, None]
+    failed: UserError | None = None
     if is_main():
         try:
             said[0] = work()
         except UserError as error:
-            distributed.broadcast_object_list([None, str(error)])
-            raise
+            failed, said[1] = error, str(error)
+        tell({"done": True})
+    else:
+        hear()
     distributed.broadcast_object_list(said)
+    if failed:
+        raise failed
     if said[1] is not None:
         raise RankLost(f"rank 0: {said[1]}")
     return said[0]  # type: ignore[no-any-return]
@@ -217,7 +264,7 @@ def agreed(work: Callable[[], Value]) -> Value:
 
 
 def tell(task: Mapping[str, Any]) -> None:
-    """Let the others :func:`hear` a JSON object."""
+    """Let the others :func:`hear` a JSON object. With ``failed``, rank 0 has stopped, and this is why."""
     global _told
     if _world > 1:
         _store().set(f"liubai/{_told}", json.dumps(task))
@@ -225,13 +272,16 @@ def tell(task: Mapping[str, Any]) -> None:
 
 
 def hear() -> dict[str, Any]:
-    """The next that rank 0 tells. Until then it may work alone for as long as it likes."""
+    """The next that rank 0 tells. Until then it may work alone for as long as it likes. Raises
+    :class:`RankLost` when it has stopped."""
     global _told
     store, key = _store(), f"liubai/{_told}"
     while not store.check([key]):
         time.sleep(0.02)
     _told += 1
     found: dict[str, Any] = json.loads(store.get(key))
+    if found.get("failed"):
+        raise RankLost(f"rank 0 has stopped: {found['failed']}")
     return found
 
 
@@ -258,6 +308,14 @@ def dealt(shares: Sequence[Sequence[Value]]) -> list[Value]:
 def portion(tokens: int, most: int) -> int:
     """The size of micro-batches, of ``most`` tokens at most, that gives every rank two of ``tokens``."""
     return most if _world == 1 else max(1, min(most, -(-tokens // (2 * _world))))
+
+
+def halvings(tokens: int, most: int) -> int:
+    """How often ``most`` has to be halved to be no more than the :func:`portion`."""
+    count = 0
+    while most >> count > portion(tokens, most):
+        count += 1
+    return count
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -7,22 +7,28 @@ A job is a function of a folder for its files that returns tensors. Here it runs
 from __future__ import annotations
 
 import copy
+import errno
+import json
 import math
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from conftest import Killed, random_sample, tiny_config, tiny_model
+from conftest import Killed, Silent, random_sample, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from liubai import ranks
+from liubai.errors import UserError
 from liubai.learn import sharded
 from liubai.learn.losses import LossConfig
 from liubai.learn.optim import Optimizer
@@ -33,7 +39,7 @@ from liubai.model.lora import LoraConfig, attach
 from liubai.model.scorer import scorer_from
 from liubai.model.transformer import Transformer
 from liubai.rollout.torch_engine import TorchEngine
-from liubai.stages import policy
+from liubai.stages import policy, shards
 from liubai.stages.context import Context
 from liubai.types import Group, Problem, Reward
 
@@ -135,6 +141,8 @@ def learned(
     found: dict[str, Tensor] = {}
     for step in range(steps):
         seen = update(model, optimizer, groups(), config, version=step, pad_id=0, reference=reference)
+        smaller = config.tokens_per_microbatch >> int(seen.get("halvings", 0))
+        config = replace(config, tokens_per_microbatch=smaller)
         found |= {f"log/{step}/{n}": torch.tensor(v, dtype=torch.float64) for n, v in seen.items()}
     return found | of(model, optimizer)
 
@@ -285,10 +293,136 @@ def parts(folder: Path) -> dict[str, Tensor]:
 
 @job
 def in_bfloat16(folder: Path) -> dict[str, Tensor]:
-    """Sums and steps are in float32 on ranks, too."""
+    """Sums are in float32 on ranks, too."""
     model = tiny_model(0).to(torch.bfloat16)
     found = learned(model, layered=True, steps=1, minibatches=1)
     return {n: t for n, t in found.items() if n.startswith("optimizer/") and n.endswith("/first")}
+
+
+@job
+def small_steps(folder: Path) -> dict[str, Tensor]:
+    """How far ten steps of 1e-6 have moved weights that are computed with in bfloat16; and, on ranks, the
+    types of parameters and gradients."""
+    model = sharded.share_out(tiny_model(0).to(torch.bfloat16), layered=False)
+    optimizer = Optimizer(model, lr=1e-6)
+    before = {n: ranks.whole(t).clone() for n, t in optimizer.weights().items()}
+    assert {t.dtype for t in before.values()} == {torch.float32}
+
+    def work(model: Transformer, items: Sequence[Batch]) -> list[bool]:
+        narrow = []
+        for batch in items:
+            logits = model(batch.ids_BT)
+            narrow.append(logits.dtype == torch.bfloat16 and model.head_weight.dtype == torch.bfloat16)
+            logits.float().square().sum().backward()
+        return narrow
+
+    sequences = [Sequence1(range(2, 2 + n), [True] * n) for n in (9, 7, 5)]
+    for _ in range(10):
+        assert all(Replicas(model).map(work, micro_batches(sequences, 0, 1)))
+        if ranks.world() > 1:
+            kept = [(ranks.local(p).dtype, ranks.local(p.grad).dtype) for p in model.parameters()]  # type: ignore[arg-type]
+            assert set(kept) == {(torch.float32, torch.float32)}
+        optimizer.step()
+    return {n: ranks.whole(t) - before[n] for n, t in optimizer.weights().items()}
+
+
+@job
+def unlike(folder: Path) -> dict[str, Tensor]:
+    """The model fits one rank's device alone: all take the way of the others."""
+    room, sharded.ROOM = sharded.ROOM, 0 if ranks.rank() else sharded.ROOM
+    try:
+        return {"layered": torch.tensor(sharded.in_layers(sharded.share_out(tiny_model(0))))}
+    finally:
+        sharded.ROOM = room
+
+
+@job
+def memory(folder: Path) -> dict[str, Tensor]:
+    """How often a stage's micro-batches are halved, a step each, where no more than 70 tokens fit."""
+    from test_stages import run
+
+    hidden = Transformer.hidden
+
+    def bounded(self: Transformer, ids: Tensor, *args: Any) -> Tensor:
+        if torch.is_grad_enabled() and ids.numel() > 70:
+            raise RuntimeError("out of memory")
+        return hidden(self, ids, *args)
+
+    out = own(folder) / "memory"
+    Transformer.hidden = bounded  # type: ignore[method-assign]
+    try:
+        run("ppo", folder / "wide", out, steps=3, groups=6, lr=1e-5, critic_warmup=0)
+    finally:
+        Transformer.hidden = hidden  # type: ignore[method-assign]
+    return {}
+
+
+@job
+def full_disk(folder: Path) -> dict[str, Tensor]:
+    """Rank 1 finds no room for its part of a resume point: all say so, and the one before stays."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter  # type: ignore[attr-defined]
+
+    write = HuggingFaceStorageWriter.write_data
+
+    def full(self: Any, *args: Any) -> Any:
+        if ranks.rank() == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, *args)
+
+    context, model = point_of(folder / "full")
+    context.save(1, model, {})
+    HuggingFaceStorageWriter.write_data = full
+    try:
+        with pytest.raises(UserError, match="no space left on"):
+            context.save(2, model, {})
+    finally:
+        HuggingFaceStorageWriter.write_data = write
+    state = context.restore(model)
+    assert state is not None
+    left = [path.name for path in (folder / "full").iterdir()]
+    return {"step": torch.tensor(state.step), "left": torch.tensor(left == ["state"])}
+
+
+@job
+def unseen(folder: Path) -> dict[str, Tensor]:
+    """Rank 1 has another disk under the same name."""
+    listed, exists, lag = Path.glob, Path.exists, shards.LAG
+
+    def elsewhere(path: Path) -> Path:
+        return Path(str(path).replace("first-disk", "second-disk")) if ranks.rank() else path
+
+    context, model = point_of(folder / "first-disk")
+    Path.glob = lambda self, *a, **o: listed(elsewhere(self), *a, **o)  # type: ignore[method-assign,assignment]
+    Path.exists = lambda self, *a, **o: exists(elsewhere(self), *a, **o)  # type: ignore[method-assign]
+    shards.LAG = 0.0
+    try:
+        with pytest.raises(UserError, match=r"rank 1 does not see .* on a disk that all machines see"):
+            context.save(1, model, {})
+    finally:
+        Path.glob, Path.exists, shards.LAG = listed, exists, lag  # type: ignore[method-assign]
+    return {}
+
+
+def point_of(folder: Path) -> tuple[Context, dict[str, Tensor]]:
+    """A stage's context, and tensors for its resume points."""
+    here = folder if ranks.is_main() else folder.parent / "others" / folder.name
+    model = sharded.share_out(tiny_model(0), layered=False)
+    return Context(here, 0, {}, Silent()), Optimizer(model, lr=1e-2).weights()
+
+
+@job
+def patient(folder: Path) -> dict[str, Tensor]:
+    """What the first rank does alone may take longer than ranks wait for each other."""
+    from torch import distributed
+
+    group = distributed.distributed_c10d._get_default_group()
+    group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=1))
+
+    def slow() -> int:
+        time.sleep(2.5)
+        return 7
+
+    return {"said": torch.tensor(ranks.by_main(slow))}
 
 
 @job
@@ -364,7 +498,8 @@ def more(folder: Path) -> dict[str, Tensor]:
 
 
 IN_LAYERS = ("sft", "dpo", "process model", "ppo", "distill")
-RESUMED = ("pretrain", "sft with lora", "ppo", "ppo in flight")
+NARROW = ("sft in bfloat16", "ppo in bfloat16")
+RESUMED = ("pretrain", "sft with lora", "ppo", "ppo in flight", *NARROW)
 
 
 def own(folder: Path) -> Path:
@@ -372,13 +507,43 @@ def own(folder: Path) -> Path:
 
 
 def go_on(name: str, folder: Path, out: Path) -> None:
-    from test_stages import HABITS, SHAPE, STAGES, run
+    """The groups of a stage that writes answers are noted down: those that were taken, and what is open."""
+    from test_stages import HABITS, POLICY, SHAPE, STAGES, run
 
-    from liubai.stages import pretrain
+    from liubai.stages import ppo, pretrain, sft
 
     options = {"steps": 4, "tokens_per_step": 512, "save_every": 2, "model": SHAPE, "habits": HABITS}
     STAGES["pretrain"] = (pretrain, options, (), ())
-    run(name, folder / "wide", out / name)
+    # a step of 1e-6 is lost in the rounding of bfloat16
+    narrow: dict[str, Any] = {"precision": "bfloat16", "lr": 1e-6}
+    options = {"epochs": 1.5, "batch": 16, "careful": {"errand": 1.0}, "save_every": 2}
+    STAGES["sft in bfloat16"] = (sft, options | narrow, ("base", "answers"), ())
+    options = POLICY | {"critic_warmup": 0}
+    STAGES["ppo in bfloat16"] = (ppo, options | narrow, ("base",), ())
+    write, save = policy.Policy.write, policy.Policy.save
+
+    def note(what: Mapping[str, Any]) -> None:
+        if ranks.is_main():
+            with open(out / f"{name}.jsonl", "a") as file:
+                file.write(json.dumps(what) + "\n")
+
+    def noted(self: policy.Policy, *args: Any) -> Any:
+        graded = write(self, *args)
+        note({"taken": [g.index for g in graded]})
+        return graded
+
+    def ended(self: policy.Policy) -> None:
+        state = self.rollouts.state()
+        begun = sorted(set(range(state["next_index"])) - set(state.get("missing", ())))
+        note({"open": sorted(map(int, state["open"])), "begun": begun})
+        save(self)
+
+    out.mkdir(parents=True, exist_ok=True)
+    policy.Policy.write, policy.Policy.save = noted, ended  # type: ignore[method-assign]
+    try:
+        run(name, folder / "wide", out / name)
+    finally:
+        policy.Policy.write, policy.Policy.save = write, save  # type: ignore[method-assign]
 
 
 def interrupt(name: str, folder: Path, out: Path) -> None:

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
+import scripted_ray
 import torch
 from conftest import tiny_model
+from scripted_ray import Anywhere, OutOfMemoryError, RayActorError, RayError, RayTaskError, ScriptedRay
 
-from liubai.cluster.actors import RolloutActor, packed, releases, unpacked, why_lost
-from liubai.cluster.crew import Written
-from liubai.cluster.graders import LOSSES, GraderLost, RemoteGraders
+from liubai.cluster.actors import (
+    Build,
+    EngineBuild,
+    RayCrew,
+    RolloutActor,
+    packed,
+    releases,
+    unpacked,
+    why_lost,
+)
+from liubai.cluster.crew import Lost, Report, Written
+from liubai.cluster.graders import LOSSES, GraderLost, RayGrader, RemoteGraders
 from liubai.errors import UserError
 from liubai.grade import GradeItem, Verdict, grade
 from liubai.rollout.engine import Partial, Request, generate
+from liubai.rollout.engines import EngineConfig
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.types import Sample, Span
 
@@ -32,7 +47,7 @@ def requests_of(groups: int, samples: int = 3, first: int = 0) -> list[Request]:
     ]
 
 
-def fresh() -> TorchEngine:
+def fresh(place: int = 0, stack: ExitStack | None = None) -> TorchEngine:
     return TorchEngine(tiny_model(4), eos_ids=[1], slots=4, max_length=64)
 
 
@@ -46,9 +61,9 @@ def alone(requests: Sequence[Request], seed: int = 3, version: int = 0) -> list[
     return generate(engine, requests)
 
 
-async def opened(build: Callable[[], TorchEngine] = fresh) -> RolloutActor:
+async def opened(build: Build = fresh) -> RolloutActor:
     actor = RolloutActor()
-    await actor.open(build, 1, releases())
+    await actor.open(build, 0, 1, releases())
     return actor
 
 
@@ -107,7 +122,7 @@ def test_messages_may_overtake_each_other() -> None:
         ]
         for _ in range(5):
             await asyncio.sleep(0)
-        await actor.open(fresh, 1, releases())
+        await actor.open(fresh, 0, 1, releases())
         await asyncio.gather(*early)
         await actor.load(packed(weights_of(3)), 4, None)  # older than what is there
         found = await heard(actor, len(asked))
@@ -183,8 +198,11 @@ def test_begun_answers_keep_what_they_said() -> None:
 
 
 def test_what_goes_wrong_is_said_when_news_are_asked_for() -> None:
-    def refuses() -> Any:
+    def refuses(place: int, stack: ExitStack) -> Any:
         raise UserError("there is no such engine")
+
+    def broken(ids: Any) -> Any:
+        raise RuntimeError("no answer can be withdrawn")
 
     async def test() -> None:
         actor = await opened()
@@ -194,7 +212,12 @@ def test_what_goes_wrong_is_said_when_news_are_asked_for() -> None:
         with pytest.raises(UserError, match="no such engine"):
             await opened(refuses)
         with pytest.raises(UserError, match=r"same releases: here liubai 0\.0 with torch 1, there liubai"):
-            await RolloutActor().open(fresh, 1, "liubai 0.0 with torch 1")
+            await RolloutActor().open(fresh, 0, 1, "liubai 0.0 with torch 1")
+        actor = await opened()
+        actor.engine.cancel = broken  # type: ignore[method-assign]
+        await actor.cancel(0, [1])
+        with pytest.raises(RuntimeError, match="no answer can be withdrawn"):
+            await actor.hear(0)
 
     go(test)
 
@@ -210,6 +233,8 @@ def test_weights_arrive_as_they_were(dtype: torch.dtype) -> None:
         "embedding": embedding,
         "head": embedding,
         "learns": torch.nn.Parameter(torch.ones(2, dtype=dtype)),
+        "square": (square := torch.randn(3, 3, generator=generator).to(dtype)),
+        "square, turned": square.T,
     }
     away = packed(weights)
     assert away["embedding"][2] is away["head"][2]  # tied weights travel once
@@ -228,6 +253,93 @@ def test_of_rays_messages_the_telling_part_is_kept() -> None:
     assert why_lost(RuntimeError(page)) == "its worker process has died"
     assert why_lost(RuntimeError("Something else. And more")) == "Something else"
     assert why_lost(RuntimeError("")) == "RuntimeError"
+
+
+# ---- the crew on Ray ----
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> ScriptedRay:
+    return scripted_ray.installed(monkeypatch)
+
+
+def crew_of(ray: ScriptedRay, *actors: dict[str, Any]) -> RayCrew:
+    """Each has come up, with its place as its process id."""
+    ray.actors = [{"open": lambda build, place, threads, release: place} | actor for actor in actors]
+    crew = RayCrew(fresh, Anywhere(len(actors)), 1)  # type: ignore[arg-type]
+    for place in range(len(actors)):
+        crew.start(place)
+    assert crew.hear(1) == [Report(place) for place in range(len(actors))]
+    return crew
+
+
+@pytest.mark.parametrize("kind", [OutOfMemoryError, RayActorError, RayError])
+def test_an_actor_that_ray_has_lost_is_lost(kind: type[Exception], ray: ScriptedRay) -> None:
+    """However: its process died, was killed for the memory of the node, or has no place any more."""
+    gone = kind("Task was killed due to the node running low on memory. And a page")
+    crew = crew_of(ray, {"hear": lambda *_: gone}, {"hear": lambda place: Report(place, begun_again=1)})
+    why = "Task was killed due to the node running low on memory"
+    assert crew.hear(1) == [Lost(0, why), Report(1, begun_again=1)]
+    assert crew.pids == {1: 1}
+
+
+def test_what_an_actor_itself_raises_is_no_loss(ray: ScriptedRay) -> None:
+    crew = crew_of(ray, {"hear": lambda *_: RayTaskError(UserError("no such engine"))})
+    with pytest.raises(UserError, match="no such engine"):
+        crew.hear(1)
+
+
+def test_actors_may_clear_up_before_they_are_ended(ray: ScriptedRay) -> None:
+    crew = crew_of(ray, {}, {"hear": lambda *_: RayActorError("gone")})
+    crew.hear(1)  # the second one is down
+    ray.calls.clear()
+    crew.close()
+    assert [name for name, _ in ray.calls] == ["close", "wait", "kill", "kill"]
+    assert crew._places.given_back == 1  # type: ignore[attr-defined]
+
+
+def test_of_an_actors_weights_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made: list[tuple[Path, str]] = []
+
+    def engine_for(config: EngineConfig, model: Any, *, folder: Path, **_: Any) -> TorchEngine:
+        assert not folder.exists()  # what an actor before it has left is gone
+        (folder / "step-000001").mkdir(parents=True)
+        made.append((folder, config.folder))
+        return fresh()
+
+    monkeypatch.setattr("liubai.cluster.actors.engine_for", engine_for)
+
+    def build(stage: str, shared: str = "") -> EngineBuild:
+        return EngineBuild(
+            config=EngineConfig(kind="vllm", folder=shared),
+            model=MODEL.config,
+            dtype=torch.float32,
+            device="cpu",
+            parent=tmp_path,
+            folder=Path(stage),
+            eos_ids=(1,),
+            slots=4,
+            max_length=64,
+        )
+
+    async def test() -> None:
+        one, other = RolloutActor(), RolloutActor()
+        await one.open(build("run/2-zero"), 0, 1, releases())  # … and is killed
+        await other.open(build("run/2-zero"), 0, 1, releases())
+        await RolloutActor().open(build("run/2-zero"), 1, 1, releases())
+        await RolloutActor().open(build("run/3-more"), 0, 1, releases())
+        await RolloutActor().open(build("run/3-more", str(tmp_path / "shared")), 0, 1, releases())
+        await other.close()
+
+    go(test)
+    folders = [folder for folder, _ in made]
+    assert folders[0] == folders[1]
+    assert len(set(folders)) == 4
+    assert folders[4].parent == tmp_path / "shared"
+    assert {folder.parent for folder in folders[:4]} == {tmp_path}
+    assert {shared for _, shared in made} == {""}  # each has its own
+    assert [folder.exists() for folder in folders] == [False, False, True, True, True]
 
 
 # ---- graders ----
@@ -334,6 +446,72 @@ def test_whatever_a_grader_raises_nobody_waits_for_ever(checker: str) -> None:
         verdicts = pool.gather(pool.submit(items_of(30, checker)))
         assert {v.error for v in verdicts} == {"no grader could say: no such file there"}
         assert pool.errors == 30
+
+
+def test_a_grader_that_raised_is_asked_nothing_more(checker: str) -> None:
+    hired: list[Scripted] = []
+
+    class Once(Scripted):
+        def grade(self, items: Sequence[GradeItem], closed: Callable[[], bool]) -> list[Verdict]:
+            if len(hired) == 1:
+                raise RuntimeError("its state is unknown")
+            return super().grade(items, closed)
+
+    def hire(place: int) -> Scripted:
+        hired.append(Once(0, 0))
+        return hired[-1]
+
+    with RemoteGraders(hire, 1, 5.0) as pool:
+        (first,) = pool.gather(pool.submit(items_of(1, checker)))
+        assert first.error == "no grader could say: its state is unknown"
+        assert {v.error for v in pool.gather(pool.submit(items_of(30, checker)))} == {None}
+    assert [grader.ended for grader in hired] == [True, True]
+
+
+@pytest.mark.parametrize("where", ["hire", "wait"])
+def test_whatever_goes_wrong_in_hiring_another_place_has_its_work(
+    where: str, checker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("liubai.cluster.graders.PAUSE", 0.0)
+    tried: list[int] = []
+
+    class Broken(Scripted):
+        def wait(self, closed: Callable[[], bool]) -> None:
+            raise ImportError("no such module there")
+
+        def grade(self, items: Sequence[GradeItem], closed: Callable[[], bool]) -> list[Verdict]:
+            raise AssertionError("it has never come up")
+
+    def hire(place: int) -> Scripted:
+        if place:
+            return Scripted(0, 0)
+        tried.append(place)
+        if where == "hire":
+            raise ValueError("the placement group is gone")
+        return Broken(0, 0)
+
+    with RemoteGraders(hire, 2, 5.0) as pool:
+        verdicts = pool.gather(pool.submit(items_of(100, checker)))
+        assert {v.error for v in verdicts} == {None}
+        pool._threads[0].join(10)
+        assert len(tried) == LOSSES + 1
+
+
+def test_a_grader_killed_for_its_memory_costs_no_verdict(
+    checker: str, ray: ScriptedRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("liubai.cluster.graders.PAUSE", 0.0)
+    killed = OutOfMemoryError("Task was killed due to the node running low on memory")
+    ray.actors = [
+        {"here": lambda: killed},
+        {"grade": lambda items: killed},
+        {"grade": lambda items: Scripted(0, 0).grade(items, bool)},
+    ]
+    places: Any = Anywhere(1)
+    with RemoteGraders(lambda place: RayGrader(5.0, places, place), 1, 5.0) as pool:
+        verdicts = pool.gather(pool.submit(items_of(5, checker)))
+        assert [v.error for v in verdicts] == [None] * 5
+        assert pool.lost == 2
 
 
 def test_to_close_is_not_to_wait_for_an_answer(checker: str) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_smoke import lines, without_times
 
 from liubai import ranks
+from liubai.errors import UserError
 from liubai.stages.rollouts import Rollouts
 from liubai.stages.sft import careful
 from liubai.stages.together import Shared
@@ -179,6 +180,8 @@ def test_killed_processes_go_on_where_they_were(
         code, said = ends[1 - victim]
         assert code == 2, said
         assert "another process of this run has ended" in said
+        assert "for more than 30 minutes (LIUBAI_RANK_TIMEOUT_MINUTES)" in said
+        assert "Heard here: " in said
         assert "Traceback" not in said
     done = waited(start(cli(recipe, out), 2))
     assert [code for code, _ in done] == [0, 0], done
@@ -229,11 +232,103 @@ def test_processes_that_do_not_find_each_other(recipe: Path, tmp_path: Path) -> 
     assert "Traceback" not in said
 
 
+def test_a_wrong_number_of_minutes_is_said(recipe: Path, tmp_path: Path) -> None:
+    for minutes in ("soon", "0", "nan", "inf"):
+        process = subprocess.run(
+            [sys.executable, *cli(recipe, tmp_path / "run")],
+            env=environment(0, 2, free_port()) | {"LIUBAI_RANK_TIMEOUT_MINUTES": minutes},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 2
+        assert f"is a number of minutes, such as 30, and not '{minutes}'" in process.stderr
+        assert "Traceback" not in process.stderr
+
+
+def test_two_ranks_on_one_gpu_are_told_apart() -> None:
+    ranks._require_own_gpus([("here", "GPU-1"), ("here", "GPU-2"), ("there", "GPU-1")])
+    with pytest.raises(UserError, match="ranks 1 and 2 are on the same GPU of here; start as many processes"):
+        ranks._require_own_gpus([("here", "GPU-1"), ("here", "GPU-2"), ("here", "GPU-2")])
+
+
+# ---- what fails on one rank while the others wait ----
+
+DRY = """
+from liubai.learn import sharded
+from liubai.model.transformer import Transformer
+sharded.ROOM, hidden = 0, Transformer.hidden
+def bounded(self, ids, *args):
+    if ranks.rank() == 1 and torch.is_grad_enabled() and ids.numel() > 1:
+        raise RuntimeError("out of memory")
+    return hidden(self, ids, *args)
+Transformer.hidden = bounded
+"""
+REFUSED = """
+from liubai.errors import UserError
+def refused(self, weights, step):
+    if ranks.is_main():
+        raise UserError("the weights did not arrive")
+policy.Policy._load = refused
+"""
+ELSEWHERE = """
+import rank_jobs
+made = policy.engine_for
+policy.engine_for = lambda *args, **options: (
+    rank_jobs.Elsewhere(made(*args, **options)) if ranks.is_main() else made(*args, **options)
+)
+"""
+BROKEN = """
+from liubai.stages.rollouts import Rollouts
+collect = Rollouts.collect
+def broken(self, groups):
+    if ranks.rank() == 1:
+        raise ValueError("a bug of rank 1")
+    return collect(self, groups)
+Rollouts.collect = broken
+"""
+NOTICED = "another process of this run has ended"
+
+
+@pytest.mark.parametrize(
+    ("fault", "codes", "said"),
+    [
+        (DRY, (2, 2), (NOTICED, "memory ran out on rank 1; lower tokens_per_microbatch")),
+        (REFUSED, (2, 2), ("liubai: the weights did not arrive", "rank 0: the weights did not arrive")),
+        (
+            REFUSED + ELSEWHERE,
+            (2, 2),
+            ("liubai: the weights did not arrive", "rank 0: the weights did not arrive"),
+        ),
+        (BROKEN, (2, 1), (NOTICED, "ValueError: a bug of rank 1")),
+    ],
+    ids=["memory in layers", "transfer", "transfer elsewhere", "rollouts"],
+)
+def test_a_failure_on_one_rank_ends_all(
+    fault: str,
+    codes: tuple[int, int],
+    said: tuple[str, str],
+    recipe: Path,
+    together: tuple[Path, str],
+    tmp_path: Path,
+) -> None:
+    """At once, and with a sentence everywhere but where a bug is."""
+    begin = "import sys, torch\nfrom liubai import cli, ranks\nfrom liubai.stages import policy\n"
+    # what comes before them is taken over
+    changed = "taught.epochs=1.0" if fault == DRY else "zero.steps=2"
+    options = ["--reuse", str(together[0]), "--set", changed]
+    program = ["-c", f"{begin}{fault}\nsys.exit(cli.main())"]
+    ends = waited(start([*program, *cli(recipe, tmp_path / "run")[2:], *options], 2))
+    assert tuple(code for code, _ in ends) == codes, ends
+    for (code, heard), words in zip(ends, said, strict=True):
+        assert words in heard
+        assert ("Traceback" in heard) == (code == 1), heard
+
+
 # ---- shares ----
 
 
 class Ranks:
-    """Some ranks in one process, one after the other: each says what it has to say, then all hear it."""
+    """Some ranks in one process, one after the other. What they say to each other is the test's to give."""
 
     def __init__(self, world: int, patch: pytest.MonkeyPatch) -> None:
         self.world, self.patch = world, patch
@@ -258,6 +353,8 @@ def test_every_rank_has_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.portion(10_000, 2048) == 2048
     Ranks(4, monkeypatch).as_rank(0)
     assert ranks.portion(10_000, 2048) == 1250
+    assert 2048 >> ranks.halvings(10_000, 2048) == 1024
+    assert ranks.halvings(100_000, 2048) == 0
     assert ranks.portion(100_000, 2048) == 2048
     assert ranks.portion(0, 2048) == 1
 
@@ -278,7 +375,7 @@ def begun_by(kind: type[Rollouts]) -> Rollouts:
     """What counts problems of it."""
     made: Any = object.__new__(kind)
     made.engine, made.samples = Idle(), 2
-    made.next_index, made._missing, made._open, made._ended = 0, [], {}, []
+    made.next_index, made._missing, made._open, made._ended, made._dropped = 0, [], {}, [], 0
     return made  # type: ignore[no-any-return]
 
 

@@ -32,6 +32,8 @@ UPDATES = (
     "scores",
     "in_bfloat16",
 )
+#: of two ranks alone
+OTHERS = ("parts", "small_steps", "unlike", "full_disk", "unseen", "patient")
 Found = dict[str, list[dict[str, Tensor]]]
 
 
@@ -42,7 +44,7 @@ def _without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return rank_jobs.on_ranks([*EXACT, *UPDATES, "parts"], tmp_path_factory.mktemp("ranks"))
+    return rank_jobs.on_ranks([*EXACT, *UPDATES, *OTHERS], tmp_path_factory.mktemp("ranks"))
 
 
 def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
@@ -63,7 +65,10 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: fl
 @pytest.mark.parametrize("name", [*EXACT, *UPDATES])
 def test_two_processes_take_the_steps_of_one(name: str, together: Found, tmp_path: Path) -> None:
     alone = rank_jobs.JOBS[name](tmp_path)
-    first, second = together[name]
+    # how often micro-batches are halved depends on how many ranks have to have some
+    first, second, alone = (
+        {n: t for n, t in found.items() if not n.endswith("/halvings")} for found in (*together[name], alone)
+    )
     assert all(torch.equal(t.nan_to_num(), second[n].nan_to_num()) for n, t in first.items())
     # bfloat16 has 8 bits: a sum in another order is another sum
     tolerance = 1e-6 if name in EXACT else 3e-2 if name == "in_bfloat16" else 1e-5
@@ -71,8 +76,33 @@ def test_two_processes_take_the_steps_of_one(name: str, together: Found, tmp_pat
 
 
 def test_halves_were_halved(together: Found) -> None:
-    assert together["halves"][0]["log/0/halvings"] == 1
+    assert together["halves"][0]["log/0/halvings"] >= 1
     assert "log/0/halvings" not in together["reference"][0]
+
+
+def test_small_steps_are_taken_in_float32(together: Found, tmp_path: Path) -> None:
+    """In 16 bits none of them would move a weight."""
+    alone = rank_jobs.small_steps(tmp_path)
+    for moved in (alone, *together["small_steps"]):
+        assert moved.keys() == alone.keys()
+        for name, by in moved.items():
+            assert 1e-7 < float(by.abs().max()) < 1.1e-5, name
+    for name, by in together["small_steps"][0].items():
+        near = (by - alone[name]).abs() < 1e-6
+        assert near.float().mean() > 0.9, name  # a gradient of next to nothing may have either sign
+
+
+def test_all_ranks_go_the_same_way_on_unlike_devices(together: Found) -> None:
+    assert [bool(found["layered"]) for found in together["unlike"]] == [True, True]
+
+
+def test_a_full_disk_of_one_rank_is_said_by_all(together: Found) -> None:
+    assert [int(found["step"]) for found in together["full_disk"]] == [1, 1]
+    assert together["full_disk"][0]["left"]
+
+
+def test_ranks_wait_for_the_first_as_long_as_it_works(together: Found) -> None:
+    assert [int(found["said"]) for found in together["patient"]] == [7, 7]
 
 
 def test_what_is_not_finite_on_one_rank_changes_nothing(together: Found) -> None:
@@ -111,7 +141,7 @@ def stages(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in rank_jobs.RESUMED:
             rank_jobs.go_on(name, folder, folder / "alone")
             rank_jobs.interrupt(name, folder, folder / "more")
-        rank_jobs.on_ranks(["stages", "layers", "told", "interrupted", "more"], folder)
+        rank_jobs.on_ranks(["stages", "layers", "told", "interrupted", "more", "memory"], folder)
         state = folder / "fewer" / "sft with lora" / "state"
         (folder / "state.json").write_text(json.dumps(sorted(path.name for path in state.iterdir())))
         for name in rank_jobs.RESUMED:
@@ -161,10 +191,36 @@ def test_ranks_sample_what_one_process_does(stages: Path, wide: Path, tmp_path: 
 @pytest.mark.parametrize("resumed", ["same", "fewer", "more"])
 def test_a_stage_goes_on_with_any_number_of_ranks(name: str, resumed: str, stages: Path) -> None:
     wanted = stages / "whole" / name if name == IN_FLIGHT else stages / "alone" / name
-    if name == IN_FLIGHT and resumed != "same":  # which groups end first depends on who writes
-        assert len(metrics_of(stages / resumed / name)) == len(metrics_of(wanted))
-        return
-    assert_same_stage(stages / resumed / name, wanted, 1e-4)
+    if name in rank_jobs.NARROW:
+        assert_same_but_for_steps(stages / resumed / name, wanted)
+    elif name != IN_FLIGHT or resumed == "same":  # which groups end first depends on who writes
+        assert_same_stage(stages / resumed / name, wanted, 1e-4)
+    if name.startswith("ppo"):
+        notes = [json.loads(line) for line in (stages / resumed / f"{name}.jsonl").read_text().splitlines()]
+        taken = [index for note in notes[:-1] for index in note["taken"]]
+        assert len(notes) == 6
+        assert len(taken) == 5 * 3
+        # every problem that was begun was taken once, or is open
+        assert sorted(taken + notes[-1]["open"]) == notes[-1]["begun"]
+
+
+def assert_same_but_for_steps(got: Path, wanted: Path) -> None:
+    """Sums of 16 bits turn some steps of 1e-6 around; where weights were rounded between two sessions, the
+    two steps of the first one are lost of nearly all."""
+    ours, theirs = (load_file(next(folder.rglob("model.safetensors"))) for folder in (got, wanted))
+    steps = metrics_of(wanted)[-1]["step"]
+    assert len(metrics_of(got)) == len(metrics_of(wanted))
+    off = torch.cat([(tensor - theirs[name]).abs().flatten() for name, tensor in ours.items()])
+    assert float(off.max()) < 2.2e-6 * steps
+    assert float(off.median()) < 1e-6
+
+
+def test_what_fitted_the_memory_fits_the_next_step(stages: Path) -> None:
+    rows = metrics_of(stages / "memory")
+    assert [bool(row.get("halvings")) for row in rows] == [False, True, False, False]
+    (said,) = (stages / "memory" / "warnings.jsonl").read_text().splitlines()
+    fitted = int(said.split("micro-batches now have ")[1].split()[0])
+    assert 25 < fitted <= 70
 
 
 def test_resume_points_of_ranks_hold_no_pickle(stages: Path) -> None:

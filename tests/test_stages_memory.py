@@ -306,10 +306,12 @@ def test_a_divergence_that_was_not_finite_is_forgotten(
 ) -> None:
     learn, reverse_kl = distill.learn, distill.reverse_kl
 
-    def learned(policy: Policy, imitation: Any, batches: list[Batch], step: int) -> dict[str, float]:
+    def learned(
+        policy: Policy, imitation: Any, batches: list[Batch], shares: int, step: int
+    ) -> dict[str, float]:
         if step == 1:
             imitation.kl = lambda *x: reverse_kl(*x) * math.nan
-        return learn(policy, imitation, batches, step)
+        return learn(policy, imitation, batches, shares, step)
 
     monkeypatch.setattr(distill, "learn", learned)
     rows = metrics_of(run("distill", few, tmp_path / "s", steps=3))

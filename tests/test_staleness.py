@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 from test_rollouts import REWARDS, Recorder, weights_at
 
+from liubai import ranks
 from liubai.grade import GraderPool
 from liubai.model.checkpoint import load
 from liubai.problems import family, problem_at
 from liubai.rollout.engine import Request
 from liubai.stages.policy import PolicyConfig
 from liubai.stages.rollouts import GradedGroup, Rollouts
+from liubai.stages.together import Shared
 from liubai.text.template import BARE, Template
 from liubai.types import Problem, Sample
 
@@ -34,7 +37,12 @@ class Forgetful(Recorder):
 
 
 def rollouts_of(
-    base: Path, pool: GraderPool, bound: int | None, verifier: str | None = None, ahead: int = 12
+    base: Path,
+    pool: GraderPool,
+    bound: int | None,
+    verifier: str | None = None,
+    ahead: int = 12,
+    kind: type[Rollouts] = Rollouts,
 ) -> Rollouts:
     model, tokenizer = load(base / "checkpoint")
 
@@ -42,7 +50,7 @@ def rollouts_of(
         found = problem_at(family("countdown"), "train", 0, index)
         return Problem(found.prompt, found.gold, verifier) if verifier else found
 
-    return Rollouts(
+    return kind(
         Forgetful(model, tokenizer.eos_id, 40),
         Template(tokenizer, BARE),
         problem,
@@ -106,3 +114,31 @@ def test_the_bound_is_part_of_a_fingerprint_only_where_it_is_set() -> None:
     usual, bounded = PolicyConfig(steps=1), PolicyConfig(steps=1, max_staleness=2)
     assert "max_staleness" not in usual.model_dump(mode="json")
     assert bounded.model_dump(mode="json")["max_staleness"] == 2
+
+
+def test_what_was_dropped_stays_counted(
+    base: Path, pool: GraderPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whoever goes on, alone or on several ranks: the count is that of the whole stage."""
+    here = rollouts_of(base, pool, 0)
+    for version in range(4):
+        here.engine.load(weights_at(base, version), version)
+        here.collect(3)
+    assert (dropped := here.stale) > 0
+    state = json.loads(json.dumps(here.state()))
+    there = rollouts_of(base, pool, 0)
+    there.restore(state)
+    assert there.stale == dropped
+    monkeypatch.setattr(ranks, "_world", 2)
+    shared = []
+    for rank in range(2):
+        monkeypatch.setattr(ranks, "_rank", rank)
+        shared.append(rollouts_of(base, pool, 0, kind=Shared))
+        shared[-1].restore(state)
+    shared[1]._dropped += 3  # on one rank alone
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks, "gather", lambda value: [r._stale_here() for r in shared])
+        assert [r.stale for r in shared] == [dropped + 3] * 2
+    parts = [Rollouts.state(r) for r in shared]
+    monkeypatch.setattr(ranks, "gather", lambda value: parts)
+    assert shared[0].state()["stale"] == dropped + 3

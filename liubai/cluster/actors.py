@@ -6,8 +6,10 @@ Messages between our own processes are Ray's, which are pickled; nothing is read
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import re
+import shutil
 import tempfile
 import time
 import warnings
@@ -36,9 +38,11 @@ if TYPE_CHECKING:
 HOLD = 0.05
 #: Seconds after which an actor says that it lives, whatever it has to report.
 HEARTBEAT = 5.0
+#: Seconds that actors have to clear up before they are ended.
+FAREWELL = 5.0
 
-#: Makes the engine of an actor, there.
-Build = Callable[[], Engine]
+#: Makes the engine of the actor of a place, there; the stack lets go of it.
+Build = Callable[[int, ExitStack], Engine]
 #: Tensors as Ray shares them without a copy: (dtype, shape, bytes as a numpy array).
 Packed = dict[str, tuple[str, tuple[int, ...], Any]]
 
@@ -46,21 +50,23 @@ Packed = dict[str, tuple[str, tuple[int, ...], Any]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineBuild:
     """A :data:`Build` of an engine as a stage wants it (:mod:`liubai.rollout.engines`); the weights come by
-    ``load``. ``device`` is the actor's; ``parent`` is only looked at for another engine than ours, and must
-    then be there on every node."""
+    ``load``. ``device`` is the actor's. For another engine than ours, ``parent`` must be there on every node,
+    and weights are put into a folder that is named by ``folder``, the stage's own, and the place: what an
+    actor of the same place could not clear up is found by the next one on that node."""
 
     config: EngineConfig
     model: ModelConfig
     dtype: torch.dtype
     device: str
     parent: Path
+    folder: Path
     eos_ids: tuple[int, ...]
     slots: int
     max_length: int
     lora: LoraConfig | None = None
     compile: bool = False
 
-    def __call__(self) -> Engine:
+    def __call__(self, place: int, stack: ExitStack) -> Engine:
         with torch.device("meta"):  # shapes alone
             model = Transformer(self.model).to(self.dtype).eval()
         if self.config.kind == "torch":
@@ -69,28 +75,34 @@ class EngineBuild:
                 attach(model, self.lora, 0)
             if self.compile:
                 model.compile_decoding()
-        # of this process, and gone with it
-        stack = ExitStack()
-        folder = tempfile.mkdtemp(prefix="liubai-weights-") if self.config.kind != "torch" else "."
+        folder = self.weights(place)
+        if self.config.kind != "torch":
+            shutil.rmtree(folder, ignore_errors=True)
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
         return engine_for(
-            self.config,
+            self.config.model_copy(update={"folder": ""}),
             model,
             parent=self.parent,
             eos_ids=self.eos_ids,
             slots=self.slots,
             max_length=self.max_length,
-            folder=Path(folder),
+            folder=folder,
             lora=self.lora,
             stack=stack,
         )
 
+    def weights(self, place: int) -> Path:
+        """No two actors share it, also where ``config.folder`` is one that all nodes see."""
+        stage = hashlib.sha256(str(self.folder.absolute()).encode()).hexdigest()[:16]
+        return Path(self.config.folder or tempfile.gettempdir()) / f"liubai-weights-{stage}-{place}"
+
 
 def packed(weights: Mapping[str, Tensor]) -> Packed:
     """Raw bytes, for numpy does not know every type; tied weights stay one array."""
-    flat: dict[tuple[int, torch.dtype, torch.Size], Any] = {}
+    flat: dict[tuple[int, torch.dtype, torch.Size, tuple[int, ...]], Any] = {}
     out: Packed = {}
     for name, tensor in weights.items():
-        key = tensor.data_ptr(), tensor.dtype, tensor.shape
+        key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
         if key not in flat:
             flat[key] = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         out[name] = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat[key]
@@ -119,11 +131,12 @@ class RolloutActor:
         self._ended: list[Written] = []
         self._begun_again = 0
         self._trouble: Exception | None = None
+        self._stack = ExitStack()
         self._opened, self._newer = asyncio.Event(), asyncio.Condition()
         # between a step and the next, somebody may wait for …
         self._work, self._news, self._idle = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def open(self, build: Build, threads: int, release: str) -> int:
+    async def open(self, build: Build, place: int, threads: int, release: str) -> int:
         """Its process id. Raises ``UserError`` where the engine cannot be made, or the node has another
         release."""
         if release != (ours := releases()):
@@ -131,7 +144,7 @@ class RolloutActor:
                 f"the nodes of a cluster must have the same releases: here {release}, there {ours}"
             )
         torch.set_num_threads(threads)
-        self.engine = build()
+        self.engine = build(place, self._stack)
         self._opened.set()
         self._task = asyncio.create_task(self._step())
         return os.getpid()
@@ -167,10 +180,11 @@ class RolloutActor:
 
     async def cancel(self, lot: int, ids: Sequence[int]) -> None:
         await self._opened.wait()
-        mine = [id for id in ids if self._lots.get(id) == lot]
-        self.engine.cancel(mine)
-        for id in mine:
-            del self._lots[id]
+        with self._noting():
+            mine = [id for id in ids if self._lots.get(id) == lot]
+            self.engine.cancel(mine)
+            for id in mine:
+                del self._lots[id]
 
     async def hear(self, place: int) -> Report:
         """What has ended since the last time, as soon as there is something; raises what went wrong."""
@@ -185,6 +199,11 @@ class RolloutActor:
         self._ended, self._begun_again = [], 0
         self._news.clear()
         return report
+
+    async def close(self) -> None:
+        """Leave nothing behind; nothing is written any more."""
+        self._task.cancel()
+        self._stack.close()
 
     async def _step(self) -> None:
         with self._noting():
@@ -229,7 +248,7 @@ class RayCrew:
         kind: Any = ray.remote(RolloutActor)
         actor = kind.options(**self._places.options(place), max_restarts=0).remote()
         self._actors[place] = actor
-        self._awaited[actor.open.remote(self._build, self._threads, releases())] = place
+        self._awaited[actor.open.remote(self._build, place, self._threads, releases())] = place
 
     def share(self, weights: Mapping[str, Tensor]) -> object:
         import ray
@@ -258,17 +277,12 @@ class RayCrew:
         return [self._news(ref) for ref in ready]
 
     def _news(self, ref: Any) -> Report | Lost:
-        import ray
-        from ray.exceptions import RayActorError, RayTaskError
-
         place = self._awaited.pop(ref)
         try:
-            news = ray.get(ref)
-        except RayActorError as error:
+            news = fetched(ref)
+        except ActorLost as lost:
             self.pids.pop(place, None)
-            return Lost(place, why_lost(error))
-        except RayTaskError as error:
-            raise error.cause from error
+            return Lost(place, str(lost))
         self._awaited[self._actors[place].hear.remote(place)] = place
         if isinstance(news, int):
             self.pids[place] = news
@@ -281,12 +295,38 @@ class RayCrew:
 
         if (actor := self._actors.pop(place, None)) is not None:
             ray.kill(actor)
+        self.pids.pop(place, None)
         self._awaited = {ref: p for ref, p in self._awaited.items() if p != place}
 
     def close(self) -> None:
+        import ray
+
+        farewells = [self._actors[place].close.remote() for place in self.pids]
+        if farewells:
+            ray.wait(farewells, num_returns=len(farewells), timeout=FAREWELL)
         for place in list(self._actors):
             self._end(place)
         self._places.give_back()
+
+
+class ActorLost(Exception):
+    """What was asked of an actor will never be answered, through no fault of the program; says why."""
+
+
+def fetched(ref: Any) -> Any:
+    """What an actor has answered. Raises :class:`ActorLost`, or what was raised there.
+
+    Whatever Ray says that is not a task's own error is a loss: that the actor has died or was killed for the
+    memory of its node, that the node is gone, or that there is no place for it any more."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        raise error.cause from error
+    except RayError as error:
+        raise ActorLost(why_lost(error)) from error
 
 
 def why_lost(error: Exception) -> str:

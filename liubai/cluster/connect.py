@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -43,11 +44,11 @@ class Cluster:
         self._engine: RemoteEngine | None = None
 
     def __enter__(self) -> Self:
-        from liubai.cluster.placement import free
+        from liubai.cluster.placement import room
 
         connect(self.address)
         # asked once: what an engine has given back is not free at once, and the number of actors decides bits
-        self._room = free()
+        self._room = room()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -62,6 +63,7 @@ class Cluster:
         model: Transformer,
         *,
         parent: Path,
+        folder: Path,
         eos_ids: Sequence[int],
         slots: int,
         max_length: int,
@@ -70,7 +72,7 @@ class Cluster:
         max_staleness: int | None = None,
     ) -> RemoteEngine:
         """Actors that have what :func:`liubai.rollout.engines.engine_for` would make here; on GPUs if the
-        trainer's ``model`` is."""
+        trainer's ``model`` is. ``folder`` is the stage's own."""
         from liubai.cluster.actors import EngineBuild
 
         weight = model.head_weight
@@ -80,6 +82,7 @@ class Cluster:
             dtype=weight.dtype,
             device=weight.device.type,
             parent=parent.absolute(),
+            folder=folder.absolute(),
             eos_ids=tuple(eos_ids),
             slots=slots,
             max_length=max_length,
@@ -144,14 +147,23 @@ class Cluster:
             engine.close()
 
 
+def joined() -> bool:
+    """Is this process one of a cluster's, so that others write and judge for it?"""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
 def connect(address: str, beside: int = 0) -> None:
     """Join the cluster at ``address``; see the module for ``auto``. A cluster of this machine alone gives its
-    cores to those who write, and counts ``beside`` more: who learns waits for them, and they for it. Raises
-    ``UserError``."""
+    cores to those who write, and counts ``beside`` more for ranks that learn there: who learns waits for
+    them, and they for it. Without ranks it is this process that learns, and of several GPUs the first is its
+    own. Raises ``UserError``."""
     # before the import, which reads them
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    named = f"--cluster '{address}'"
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS", "")
+        named = f"RAY_ADDRESS '{address}'"
     if not address:  # nothing of it listens but on the loopback
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
@@ -161,19 +173,21 @@ def connect(address: str, beside: int = 0) -> None:
     _hush(ray)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not address:
-        with _gpus_of_others():
-            ray.init(
-                address="local",
-                num_cpus=len(os.sched_getaffinity(0)) + beside,
-                include_dashboard=False,
-                **quiet,
-            )
+        cores = len(os.sched_getaffinity(0)) + beside
+        try:
+            with nullcontext() if beside else _gpus_of_others():
+                ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
+        except Exception as error:  # Ray has no type of its own for it
+            raise UserError(
+                f"Ray could not start a cluster of this machine ({_first_line(error)}); `ray stop` ends what "
+                "an earlier one may have left"
+            ) from error
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or "://" in address:
         raise UserError(
-            f"--cluster '{address}': auto, or HOST:PORT as `ray start --head` printed it, given on a machine "
-            "of that cluster"
+            f"{named}: a cluster's address is HOST:PORT as `ray start --head` printed it, given on a machine "
+            "of that cluster; --cluster auto without RAY_ADDRESS is one of this machine alone"
         )
     try:
         # Ray would try for minutes
@@ -195,7 +209,7 @@ def _hush(ray: Any) -> None:
 
 @contextmanager
 def _gpus_of_others() -> Iterator[None]:
-    """Of several GPUs the first is this process's own, which trains: Ray is not to hear of it."""
+    """Of several GPUs the first is this process's own: Ray is not to hear of it."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     seen = before.split(",") if before is not None else [str(i) for i in range(_gpus())]
     if len(seen) > 1:

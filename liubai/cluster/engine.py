@@ -20,12 +20,13 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import replace
 
 from torch import Tensor
 
 from liubai.cluster.crew import Crew, Lost, Report
+from liubai.cluster.lots import Lot, Place, lot_of, tokens_at_most
+from liubai.cluster.status import describe
 from liubai.errors import UserError
 from liubai.rollout.engine import Fresh, Partial, Request, StaleWeights
 from liubai.types import Sample
@@ -39,38 +40,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 #: Seconds of listening after which an actor that is silent over its work is taken for lost, and after which
 #: the run ends when not a single one has come up. A model may be compiled or loaded from far away meanwhile.
 SILENT, ABSENT = 300.0, 300.0
-#: Speeds are over so many seconds.
-WINDOW = 30.0
-
-
-@dataclass(slots=True, eq=False)
-class _Lot:
-    """Requests that are written together; ``left`` of them are not answered yet. ``number`` is of this
-    handing out: answers under an older one are nobody's."""
-
-    asked: dict[int, Partial]
-    left: dict[int, int]  # id -> tokens at most
-    number: int = -1
-    losses: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.left.values())
-
-
-@dataclass(slots=True, eq=False)
-class _Place:
-    state: Literal["starting", "there", "down"] = "starting"
-    lots: list[_Lot] = field(default_factory=list)
-    losses: int = 0  # in a row, without an answer between them
-    unborn: int = 0  # … and without having come up
-    due: float = 0.0  # when it is started again
-    silent: float = 0.0  # seconds that somebody listened and heard nothing
-    lately: deque[tuple[float, int]] = field(default_factory=deque)  # (time, tokens)
-
-    @property
-    def tokens(self) -> int:
-        return sum(lot.tokens for lot in self.lots)
 
 
 class RemoteEngine:
@@ -100,17 +69,17 @@ class RemoteEngine:
         self.room = room or 2 * slots * max_length
         self.losses = self.doubled = self.stale = 0  #: actors lost, answers dropped as doubled, and as stale
         self._warn, self._status, self._clock = warn, status, clock
-        self._version = -1
+        self._version, self._closed = -1, False
         self._weights: object = None
         self._numbers = itertools.count()
         self._open: dict[int, Partial] = {}  # all that is pending, in order
         self._uncut: list[Partial] = []
-        self._waiting: deque[_Lot] = deque()
-        self._out: dict[int, _Lot] = {}
+        self._waiting: deque[Lot] = deque()
+        self._out: dict[int, Lot] = {}
         self._ended: list[tuple[Request, Sample]] = []  # by the last step
         self._kept: list[tuple[Request, Sample]] = []  # for the next one
         self._born = self._told = self._clock()
-        self._places = [_Place() for _ in range(crew.size)]
+        self._places = [Place() for _ in range(crew.size)]
         for place in range(crew.size):
             crew.start(place)
 
@@ -142,7 +111,7 @@ class RemoteEngine:
 
     def resume(self, partials: Sequence[Partial]) -> None:
         for partial in partials:
-            need = _tokens(partial.request)
+            need = tokens_at_most(partial.request)
             if need > self.max_length:
                 raise ValueError(
                     f"a request needs {need} tokens (prompt + max_tokens), the engine holds "
@@ -204,30 +173,52 @@ class RemoteEngine:
         ]
 
     def partials(self) -> list[Partial]:
-        """As they were asked for: what actors have written of them since stays with the actors."""
-        return list(self._open.values())
+        """As they were asked for: what actors have written of them since stays with the actors. An answer
+        that has come home and that no step has returned yet is asked for again, too."""
+        return [Partial(request) for request, _ in self._kept] + list(self._open.values())
 
     def close(self) -> None:
-        self.crew.close()
+        """A second time does nothing."""
+        if not self._closed:
+            self._closed = True
+            self.crew.close()
 
     # ---- beside it ----
 
     def ask(self, requests: Sequence[Request]) -> list[Sample]:
-        """Answers by one actor, before all that waits."""
-        self.submit(requests)
-        asked = self._uncut[-len(requests) :]
-        del self._uncut[-len(requests) :]
-        self._waiting.appendleft(_lot_of(asked))
+        """As :meth:`ask_each`, of one of those that answer."""
+        return next(iter(self.ask_each(requests).values()), [])
+
+    def ask_each(self, requests: Sequence[Request]) -> dict[int, list[Sample]]:
+        """Answers to the same requests by every actor that is there, by its place, before all that waits.
+        The ids must be below 0; an id belongs to one actor, so they are told apart by what they are lowered
+        by. At least one actor answers; one that is lost, or has not come up, is not waited for."""
+        if not requests:
+            return {}
+        lower = max(-request.id for request in requests)
+        asked = {
+            place: [replace(request, id=request.id - place * lower) for request in requests]
+            for place in range(self.crew.size)
+        }
+        for place, mine in asked.items():
+            uncut = len(self._uncut)
+            self.submit(mine)
+            self._waiting.appendleft(lot_of(self._uncut[uncut:], place))
+            del self._uncut[uncut:]
+        ids = {request.id for mine in asked.values() for request in mine}
         found: dict[int, Sample] = {}
         others: list[tuple[Request, Sample]] = []
-        while any(request.id not in found for request in requests):
+        missing = set(asked)
+        while missing == set(asked) or any(self._places[place].state == "there" for place in missing):
             for request, sample in self.step():
-                if any(request is one for one in requests):
+                if request.id in ids:
                     found[request.id] = sample
                 else:
                     others.append((request, sample))
+            missing = {place for place in missing if any(r.id not in found for r in asked[place])}
+        self.cancel(ids - found.keys())
         self._kept = others
-        return [found[request.id] for request in requests]
+        return {p: [found[r.id] for r in asked[p]] for p in asked if p not in missing}
 
     # ---- what goes out ----
 
@@ -238,18 +229,29 @@ class RemoteEngine:
     def _hand_out(self) -> None:
         """Lots to the least loaded, while there is room."""
         self._cut()
-        while self._waiting:
-            there = [actor for actor in self._places if actor.state == "there"]
-            actor = min(there, key=lambda actor: actor.tokens, default=None)
-            lot = self._waiting[0]
-            # whatever the room, an actor without work takes what there is
-            if actor is None or (actor.lots and (self.exact or actor.tokens + lot.tokens > self.room)):
-                return
-            self._waiting.popleft()
+        for lot in list(self._waiting):
+            place = self._taker(lot)
+            if place is None and lot.place is None:
+                return  # what comes after it waits for it
+            if place is None:
+                continue
+            self._waiting.remove(lot)
             lot.number = next(self._numbers)
             self._out[lot.number] = lot
-            actor.lots.append(lot)
-            self.crew.write(self._places.index(actor), lot.number, list(lot.asked.values()), self._version)
+            self._places[place].lots.append(lot)
+            self.crew.write(place, lot.number, list(lot.asked.values()), self._version)
+
+    def _taker(self, lot: Lot) -> int | None:
+        """The place that has room for it."""
+        places = range(self.crew.size) if lot.place is None else (lot.place,)
+        there = [place for place in places if self._places[place].state == "there"]
+        place = min(there, key=lambda place: self._places[place].tokens, default=None)
+        if place is None:
+            return None
+        actor = self._places[place]
+        # whatever the room, an actor takes what is its own, and one without work what there is
+        full = self.exact or (lot.place is None and actor.tokens + lot.tokens > self.room)
+        return None if actor.lots and full else place
 
     def _cut(self) -> None:
         """What was submitted since the last time becomes lots."""
@@ -263,7 +265,7 @@ class RemoteEngine:
             lots = [list(itertools.chain(*groups[a:b])) for a, b in itertools.pairwise(edges)]
         else:
             lots = [g[i : i + self.slots] for g in groups for i in range(0, len(g), self.slots)]
-        self._waiting.extend(_lot_of(lot) for lot in lots)
+        self._waiting.extend(lot_of(lot) for lot in lots)
         self._uncut = []
 
     # ---- what comes home ----
@@ -368,52 +370,13 @@ class RemoteEngine:
             self._status(self.describe())
 
     def describe(self) -> str:
-        """A line: what each actor does, its queue and its speed; of more than six, how many do what."""
-        speeds = [self._speed(actor) for actor in self._places]
-        if len(self._places) <= 6:
-            parts = [
-                f"{place} {self._does(actor, speed)}"
-                for place, (actor, speed) in enumerate(zip(self._places, speeds, strict=True))
-            ]
-        else:
-            count = dict.fromkeys(("writing", "idle", "starting", "down"), 0)
-            for actor in self._places:
-                count[_state(actor)] += 1
-            queue = sum(self._queue(actor) for actor in self._places)
-            count_of = {state: f"{n} {state}" for state, n in count.items() if n}
-            if "writing" in count_of:
-                count_of["writing"] += f" (queue {queue}, {sum(speeds):,.0f} tokens/s)"
-            parts = list(count_of.values())
-        waiting = sum(len(lot.left) for lot in self._waiting)
-        notes = {"waiting": waiting, "lost": self.losses, "stale": self.stale}
-        return "actors: " + ", ".join(parts + [f"{n} {name}" for name, n in notes.items() if n])
-
-    def _does(self, actor: _Place, speed: float) -> str:
-        answers = sum(len(lot.left) for lot in actor.lots)
-        if not answers:
-            return _state(actor)
-        return f"writing {answers} (queue {self._queue(actor)}, {speed:,.0f} tokens/s)"
-
-    def _queue(self, actor: _Place) -> int:
-        return max(0, sum(len(lot.left) for lot in actor.lots) - self.slots)
-
-    def _speed(self, actor: _Place) -> float:
-        now = self._clock()
-        while actor.lately and actor.lately[0][0] < now - WINDOW:
-            actor.lately.popleft()
-        return sum(tokens for _, tokens in actor.lately) / max(1.0, min(WINDOW, now - self._born))
-
-
-def _lot_of(partials: Sequence[Partial]) -> _Lot:
-    asked = {partial.request.id: partial for partial in partials}
-    return _Lot(asked, {id: _tokens(partial.request) for id, partial in asked.items()})
-
-
-def _state(actor: _Place) -> str:
-    if actor.state == "there":
-        return "writing" if actor.lots else "idle"
-    return actor.state
-
-
-def _tokens(request: Request) -> int:
-    return len(request.prompt_ids) + request.max_tokens
+        """A line: what each actor does."""
+        return describe(
+            self._places,
+            waiting=sum(len(lot.left) for lot in self._waiting),
+            lost=self.losses,
+            stale=self.stale,
+            slots=self.slots,
+            born=self._born,
+            now=self._clock(),
+        )

@@ -12,9 +12,10 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
-from liubai.cluster.actors import why_lost
+from liubai.cluster.actors import ActorLost, fetched
 from liubai.grade.judge import GradeItem, Verdict, error_verdict
 from liubai.grade.pool import GraderPool
 
@@ -76,8 +77,7 @@ class RemoteGraders(GraderPool):
         while not self._closed:
             try:
                 if grader is None:  # before anything is taken: others may be free for it meanwhile
-                    grader = self._hire(place)
-                    grader.wait(lambda: self._closed)
+                    grader = self._hired(place)
                 absent = 0
                 if not (batch := self._take()):
                     break
@@ -85,6 +85,7 @@ class RemoteGraders(GraderPool):
             except GraderLost as lost:
                 if self._closed:
                     break
+                _dismiss(grader)
                 grader, absent = None, absent + 1
                 self._put_back(batch, lost)
                 if absent > LOSSES:
@@ -92,14 +93,26 @@ class RemoteGraders(GraderPool):
                     break
                 time.sleep(PAUSE)
             except Exception as error:  # a thread that ended here would leave the pool waiting for ever
+                _dismiss(grader)  # nobody knows in what state it is
+                grader = None
                 for ticket, item in batch:
                     self._finish(ticket, error_verdict(item, f"no grader could say: {error}"))
             else:
                 for (ticket, _), verdict in zip(batch, verdicts, strict=True):
                     self._finish(ticket, verdict)
             batch = deque()
-        if grader is not None:
-            grader.end()
+        _dismiss(grader)
+
+    def _hired(self, place: int) -> Grader:
+        """It is there. Raises :class:`GraderLost`, whatever went wrong."""
+        grader = None
+        try:
+            grader = self._hire(place)
+            grader.wait(lambda: self._closed)
+        except Exception as error:
+            _dismiss(grader)
+            raise GraderLost(str(error) or type(error).__name__) from error
+        return grader
 
     def _give_up(self, lost: GraderLost) -> None:
         """In this place no grader comes up. Others do, or nothing can be judged any more."""
@@ -119,6 +132,12 @@ class RemoteGraders(GraderPool):
             self.lost += 1
             self._waiting.extendleft(job for job in reversed(batch) if job[0] in self._open)
             self._changed.notify_all()
+
+
+def _dismiss(grader: Grader | None) -> None:
+    if grader is not None:
+        with suppress(Exception):  # it may be gone already
+            grader.end()
 
 
 class GraderActor:
@@ -151,18 +170,14 @@ class RayGrader:
 
     def _get(self, ref: Any, closed: Callable[[], bool]) -> list[Verdict]:
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
 
         while not ray.wait([ref], timeout=LOOK)[0]:
             if closed():
-                self.end()
                 raise GraderLost("the pool was closed")
         try:
-            verdicts: list[Verdict] = ray.get(ref)
-        except RayActorError as error:
-            raise GraderLost(why_lost(error)) from error
-        except RayTaskError as error:
-            raise error.cause from error
+            verdicts: list[Verdict] = fetched(ref)
+        except ActorLost as lost:
+            raise GraderLost(str(lost)) from lost
         return verdicts
 
     def end(self) -> None:

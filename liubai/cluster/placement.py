@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
 from liubai.errors import UserError
@@ -12,6 +14,8 @@ from liubai.errors import UserError
 GRADER_MEMORY = 256 << 20
 #: Seconds that the first placement may take.
 PLACED = 60.0
+#: Tells a rank what room there is: see :func:`told`.
+ROOM = "LIUBAI_CLUSTER_ROOM"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +80,32 @@ def nodes() -> int:
 def total() -> Share:
     import ray
 
-    return _share(ray.cluster_resources)
+    return _share(ray.cluster_resources())  # type: ignore[no-untyped-call]
 
 
 def free() -> Share:
     import ray
 
-    return _share(ray.available_resources)
+    return _share(ray.available_resources())  # type: ignore[no-untyped-call]
 
 
-def _share(resources: Callable[[], dict[str, float]]) -> Share:
-    found = resources()
+def room() -> list[Share]:
+    """What each node has left or, to a rank, had left when the ranks were first in their places."""
+    from ray._private.state import available_resources_per_node
+
+    if ROOM in os.environ:
+        return [Share(*node) for node in json.loads(os.environ[ROOM])]
+    nodes = available_resources_per_node()  # type: ignore[no-untyped-call]
+    return [_share(node) for node in nodes.values()]
+
+
+def told(nodes: Sequence[Share]) -> dict[str, str]:
+    """The variable from which :func:`room` reads them. A rank that is started again must not ask the cluster:
+    what its forerunner's actors had may not be free yet, and the number of actors decides bits."""
+    return {ROOM: json.dumps([astuple(node) for node in nodes])}
+
+
+def _share(found: Mapping[str, float]) -> Share:
     return Share(found.get("CPU", 0.0), found.get("GPU", 0.0), found.get("memory", 0.0))
 
 
@@ -95,9 +114,11 @@ def _said(share: Share) -> str:
     return ", ".join(f"{n:.3g} {name}" for name, n in parts.items() if n) or "nothing"
 
 
-def how_many(wanted: int | None, share: Share, room: Share) -> int:
-    """As many as there is room for, unless told otherwise; one at least."""
-    if wanted:
-        return wanted
-    fits = [have // need for have, need in ((room.cpus, share.cpus), (room.gpus, share.gpus)) if need]
-    return max(1, int(min(fits)))
+def how_many(wanted: int | None, share: Share, nodes: Sequence[Share]) -> int:
+    """As many as the ``nodes`` have room for, each on one of them, unless told otherwise; one at least."""
+    return wanted or max(1, sum(_fit(share, node) for node in nodes))
+
+
+def _fit(share: Share, node: Share) -> int:
+    pairs = (node.cpus, share.cpus), (node.gpus, share.gpus), (node.memory, share.memory)
+    return min(int(have // need) for have, need in pairs if need)

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import sys
@@ -22,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liubai.cluster.actors import why_lost
-from liubai.cluster.placement import Places, Share
+from liubai.cluster.actors import ActorLost, fetched
+from liubai.cluster.placement import Places, Share, room, told
 from liubai.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,10 +34,18 @@ if TYPE_CHECKING:
 LOSSES, SETTLED = 5, 120.0
 #: Seconds that the other ranks have to say what they think of the end of one.
 GRACE = 5.0
+#: Seconds that ranks may take to be there before a line says who is waited for, and before the run ends.
+LATE, ABSENT = 30.0, 300.0
 #: Seconds after which a rank says that it lives.
 HEARTBEAT = 5.0
+#: Seconds after its end in which what a rank has printed may still arrive.
+LAST = 1.0
+#: Bytes of a line without an end after which it is cut.
+LONG = 1 << 16
 #: Last words of a rank that are kept.
-WORDS = 20
+WORDS = 40
+#: How a rank begins the sentence in which it says a user's mistake, and its exit code then.
+SENTENCE, MISTAKE = re.compile(r"liubai( \(rank \d+\))?: "), 2
 
 _PR_SET_PDEATHSIG = 1
 
@@ -48,6 +57,39 @@ class Said:
     out: tuple[str, ...]
     err: tuple[str, ...]
     code: int | None = None
+
+
+class _Rank(asyncio.SubprocessProtocol):
+    """What a process prints, line by line."""
+
+    def __init__(self) -> None:
+        self.news, self.silent = asyncio.Event(), asyncio.Event()
+        self.lines: dict[int, list[str]] = {1: [], 2: []}  # of its stdout and its stderr
+        self._begun = {1: b"", 2: b""}
+        self._open = {1, 2}
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        *lines, rest = (self._begun[fd] + data).split(b"\n")
+        while len(rest) > LONG:
+            lines.append(rest[:LONG])
+            rest = rest[LONG:]
+        self._begun[fd] = rest
+        self._say(fd, lines)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        if self._begun[fd]:
+            self._say(fd, [self._begun[fd]])
+        self._open.discard(fd)
+        if not self._open:
+            self.silent.set()
+
+    def process_exited(self) -> None:
+        self.news.set()
+
+    def _say(self, fd: int, lines: Sequence[bytes]) -> None:
+        self.lines[fd] += [line.decode(errors="replace") for line in lines]
+        if lines:
+            self.news.set()
 
 
 class TrainerActor:
@@ -65,46 +107,35 @@ class TrainerActor:
 
     async def start(self, command: Sequence[str], variables: Mapping[str, str], folder: str) -> int:
         """Its process id."""
-        self._news = asyncio.Event()
-        self._out: list[str] = []
-        self._err: list[str] = []
-        self._process = await asyncio.create_subprocess_exec(
+        self._transport, self._rank = await asyncio.get_running_loop().subprocess_exec(
+            _Rank,
             sys.executable,
             *command,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
+            stdin=None,
             env={**os.environ, **variables},
             cwd=folder,
             start_new_session=True,
             preexec_fn=_end_with_parent(),
         )
-        self._readers = asyncio.gather(
-            self._read(self._process.stdout, self._out), self._read(self._process.stderr, self._err)
-        )
-        return self._process.pid
+        return self._transport.get_pid()
 
     async def hear(self) -> Said:
+        rank = self._rank
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), HEARTBEAT)
-        self._news.clear()
-        code = None
-        if self._readers.done():
-            code = await self._process.wait()
-        said = Said(tuple(self._out), tuple(self._err), code)
-        self._out.clear()
-        self._err.clear()
+            await asyncio.wait_for(rank.news.wait(), HEARTBEAT)
+        rank.news.clear()
+        if (code := self._transport.get_returncode()) is not None:
+            with contextlib.suppress(TimeoutError):  # a child of the rank may hold them open for ever
+                await asyncio.wait_for(rank.silent.wait(), LAST)
+        said = Said(tuple(rank.lines[1]), tuple(rank.lines[2]), code)
+        for lines in rank.lines.values():
+            lines.clear()
         return said
 
     async def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-    async def _read(self, pipe: asyncio.StreamReader | None, into: list[str]) -> None:
-        assert pipe is not None
-        while line := await pipe.readline():
-            into.append(line.decode(errors="replace").rstrip("\n"))
-            self._news.set()
-        self._news.set()
+            os.killpg(self._transport.get_pid(), signal.SIGKILL)
+        self._transport.close()
 
 
 def _end_with_parent() -> Callable[[], None]:
@@ -119,6 +150,10 @@ def _end_with_parent() -> Callable[[], None]:
 
 class RankGone(Exception):
     """A process of the group was lost: killed, or with its node. Nobody's mistake."""
+
+
+class RankFailed(Exception):
+    """A rank has ended by an error that is no user's mistake; it has said which."""
 
 
 class Trainers:
@@ -138,18 +173,20 @@ class Trainers:
         self.losses = 0
         self._say, self._warn = say, warn
         self._actors: list[Any] = []
+        self._room: dict[str, str] = {}
         self._words: list[deque[str]] = []
 
     def run(self) -> None:
-        """Returns when all ranks have ended well. Raises ``UserError`` when they have not, or when they were
-        lost too often."""
+        """Returns when all ranks have ended well. Raises ``UserError`` when they have not, were lost too
+        often or are not there in time, and :class:`RankFailed`."""
         places = Places(self.size, self.share, "PACK", "trainers")
         in_a_row = 0
         try:
             while True:
-                began = time.monotonic()
+                began = float("inf")
                 try:
                     self._start(places)
+                    began = time.monotonic()
                     return self._follow()
                 except RankGone as gone:
                     self.losses += 1
@@ -167,7 +204,6 @@ class Trainers:
 
     def _start(self, places: Places) -> None:
         import ray
-        from ray.exceptions import RayActorError
 
         kind: Any = ray.remote(TrainerActor)
         self._words = [deque(maxlen=WORDS) for _ in range(self.size)]
@@ -175,10 +211,11 @@ class Trainers:
             kind.options(**places.options(rank), max_restarts=0).remote() for rank in range(self.size)
         ]
         try:
-            homes = ray.get([actor.open.remote() for actor in self._actors])
+            homes = self._all([actor.open.remote() for actor in self._actors])
+            self._room = self._room or told(room())
             nodes = [node for node, _, _ in homes]
             _, address, port = homes[0]
-            self.pids = ray.get(
+            self.pids = self._all(
                 [
                     actor.start.remote(
                         self.command,
@@ -189,14 +226,44 @@ class Trainers:
                             "LOCAL_WORLD_SIZE": str(nodes.count(nodes[rank])),
                             "MASTER_ADDR": address,
                             "MASTER_PORT": str(port),
+                            **self._room,
                         },
                         os.getcwd(),
                     )
                     for rank, actor in enumerate(self._actors)
                 ]
             )
-        except RayActorError as error:
-            raise RankGone(f"a trainer was lost while it was starting ({why_lost(error)})") from error
+        except ActorLost as lost:
+            raise RankGone(f"a trainer was lost while it was starting ({lost})") from lost
+
+    def _all(self, refs: Sequence[Any]) -> list[Any]:
+        """What each rank answers. Raises ``UserError`` when one of them does not come up."""
+        import ray
+
+        found: dict[int, Any] = {}
+        began, said = time.monotonic(), False
+        while len(found) < len(refs):
+            ready, _ = ray.wait(
+                [ref for rank, ref in enumerate(refs) if rank not in found], num_returns=1, timeout=0.5
+            )
+            found |= {refs.index(ref): fetched(ref) for ref in ready}
+            waited = time.monotonic() - began
+            if len(found) == len(refs) or waited < LATE:
+                continue
+            missing = ", ".join(str(rank) for rank in range(len(refs)) if rank not in found)
+            if waited > ABSENT:
+                raise UserError(
+                    f"trainers have not come up within {ABSENT:.0f} s (of {self.size} ranks: {missing}); "
+                    "`ray status` says what the cluster has to give and what is asked of it. What was saved "
+                    "is whole: start more nodes, or give the same command with fewer --trainers"
+                )
+            if not said:
+                said = True
+                self._warn(
+                    f"trainers are waited for that have no place yet (of {self.size} ranks: {missing}); the "
+                    f"run ends if they are not there in {ABSENT:.0f} s"
+                )
+        return [found[rank] for rank in range(len(refs))]
 
     def _follow(self) -> None:
         """Until all have ended, or one has ended badly."""
@@ -220,19 +287,22 @@ class Trainers:
         if killed:
             what = _signal(-codes[killed[0]])
             raise RankGone(f"rank {killed[0]} of {self.size} was ended by {what}")
-        if failed := [rank for rank, code in codes.items() if code]:  # in the order of their ends
-            first = failed[0]
-            last = self._words[first][-1] if self._words[first] else f"exit code {codes[first]}"
-            raise UserError(last.removeprefix("liubai: "))
+        failed = [rank for rank, code in codes.items() if code]  # in the order of their ends
+        for rank in failed:  # those who only noticed the end of another one have a sentence, too
+            if codes[rank] != MISTAKE:
+                for line in self._words[rank] if rank else ():  # rank 0 was heard all the time
+                    self._say(line, True)
+                raise RankFailed(f"rank {rank} of {self.size} has failed with exit code {codes[rank]}")
+        if failed:
+            words = self._words[failed[0]] or [f"exit code {MISTAKE}"]
+            last = next((line for line in reversed(words) if SENTENCE.match(line)), words[-1])
+            raise UserError(SENTENCE.sub("", last, count=1))
 
     def _hear(self, rank: int, ref: Any) -> int | None:
-        import ray
-        from ray.exceptions import RayActorError
-
         try:
-            said: Said = ray.get(ref)
-        except RayActorError as error:
-            raise RankGone(f"rank {rank} of {self.size} was lost ({why_lost(error)})") from error
+            said: Said = fetched(ref)
+        except ActorLost as lost:
+            raise RankGone(f"rank {rank} of {self.size} was lost ({lost})") from lost
         self._words[rank] += said.err
         if rank == 0:
             for line in said.out:
@@ -244,11 +314,10 @@ class Trainers:
 
     def _end(self) -> None:
         import ray
-        from ray.exceptions import RayError
 
+        if ends := [actor.end.remote() for actor in self._actors]:
+            ray.wait(ends, num_returns=len(ends), timeout=GRACE)
         for actor in self._actors:
-            with contextlib.suppress(RayError):
-                ray.get(actor.end.remote(), timeout=GRACE)
             ray.kill(actor)
         self._actors = []
 

@@ -53,6 +53,9 @@ class Optimizer:
     rounding. Their gradients come together in float32, too. ``moments`` may be kept in bfloat16, at half the
     memory: with these betas a moment moves by 5 % of the difference, which 8 bits of mantissa still see.
 
+    A resume point holds :meth:`weights`, what is learned in float32, and :meth:`state_dict`, the rest: the
+    same tensors whether parameters are of 16 bits with a master, or parts in float32 on several ranks.
+
     Of a model that is shared out over ranks (:mod:`liubai.learn.sharded`) each rank updates its rows, whose
     state alone it has; the norm is that of all rows, and Muon orthogonalises whole matrices.
     """
@@ -180,17 +183,32 @@ class Optimizer:
         for p in self.parameters.values():
             p.grad = None
 
+    def weights(self) -> dict[str, Tensor]:
+        """What is learned: the masters of parameters of 16 bits, and all others themselves."""
+        return {n: self.state.get(f"{n}/master", p.detach()) for n, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def load_weights(self, saved: Mapping[str, Tensor]) -> None:
+        """The inverse; parameters of 16 bits become their masters' rounding."""
+        for name, own in self.weights().items():
+            ranks.local(own).copy_(ranks.local(saved[name]))
+            if f"{name}/master" in self.state:
+                self.parameters[name].copy_(own)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments, master copies and the step count, as tensors only; shared out as their parameters are."""
-        state = {n: ranks.shared_as(t, self.parameters[n.rpartition("/")[0]]) for n, t in self.state.items()}
+        """Moments and the step count, as tensors only; shared out as their parameters are."""
+        state = {n: ranks.shared_as(t, self.parameters[n.rpartition("/")[0]]) for n, t in self._moments()}
         return {**state, "steps": torch.tensor(self.steps)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if state.keys() != self.state_dict().keys():
             raise ValueError("this optimizer state belongs to another model or optimizer")
         self.steps = int(state["steps"].item())
-        for name, tensor in self.state.items():
+        for name, tensor in self._moments():
             tensor.copy_(ranks.local(state[name]))
+
+    def _moments(self) -> list[tuple[str, Tensor]]:
+        return [(name, tensor) for name, tensor in self.state.items() if not name.endswith("/master")]
 
 
 def warmup_decay(step: int, total: int, warmup: float = 0.05, decay: float = 0.5) -> float:

@@ -42,7 +42,7 @@ ROOM = 8 << 30
 
 def share_out(model: Model, layered: bool | None = None) -> Model:
     """``model``, of which this rank keeps its part from now on; with one process the model as it is. All
-    ranks must have the same weights. ``layered`` is decided by size unless told."""
+    ranks must have the same weights. ``layered`` is decided by size unless told: by the smallest device's."""
     if ranks.world() == 1:
         return model
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -51,7 +51,9 @@ def share_out(model: Model, layered: bool | None = None) -> Model:
     if weight.device.type == "cuda" and weight.device.index != torch.cuda.current_device():
         raise UserError(f'device = "{weight.device}" would put all ranks on one GPU; leave device out')
     if layered is None:
-        layered = model.count_parameters() * (weight.dtype.itemsize + 4) > _room(weight.device)
+        size = model.count_parameters() * (weight.dtype.itemsize + 4)
+        # GPUs may be unlike, and each way has collectives of its own: all ranks must go the same
+        layered = any(ranks.gather(size > _room(weight.device)))
     computes = None if weight.dtype == torch.float32 else weight.dtype
     policy = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32)
     mesh = ranks.mesh(weight.device.type)

@@ -72,7 +72,8 @@ def update(
     ``version`` is that of the trainer's weights: samples that it wrote must have the trainer's own
     log-probabilities (raises :class:`WeightsDisagree`). Groups whose rewards are all equal are left
     out before any denominator is computed. A non-finite step changes nothing and is counted. Where
-    memory runs out, micro-batches are halved until they fit; ``halvings`` says how often.
+    memory runs out, micro-batches are halved until they fit; ``halvings`` says how often
+    ``tokens_per_microbatch`` has to be halved to be no more than what fitted.
     """
     readers = Replicas(reference) if reference is not None else None
     rewards_PG = torch.tensor([_totals(g) for g in groups], dtype=torch.float64)
@@ -120,21 +121,21 @@ def improve(
     ``readers`` are the KL's reference."""
     if in_layers(model):  # all ranks make the same passes, one for each micro-batch
         config = replace(config, share_from=sys.maxsize)
-    minibatches = [
-        lots(sequences([pair for group in part for pair in group], config, version), config, pad_id)
+    listed = [
+        sequences([pair for group in part for pair in group], config, version)
         for part in _split(judged, config.minibatches)
     ]
+    minibatches = [lots(part, config, pad_id) for part in listed]
     metrics: dict[str, float] = {}
     replicas = Replicas(model)
-    halvings = 0
+    halved = [0] * len(minibatches)  # for memory; what was halved once stays so
 
     def read(readers: Replicas, name: str) -> list[list[Lot]]:
-        nonlocal halvings
         found = []
-        for parts in minibatches:
+        for m, parts in enumerate(minibatches):
             known, more = map_within_memory(readers, partial(_add_logprobs, name, config), parts)
             found.append(known)
-            halvings = max(halvings, more)
+            halved[m] += more
         return found
 
     # the policy that ratios are taken against is the one before the *first* optimizer step
@@ -149,7 +150,7 @@ def improve(
     for m, parts in enumerate(minibatches):
         loss = 0.0
         found, more = map_within_memory(replicas, partial(_learn, config), parts, optimizer.zero_grad)
-        halvings = max(halvings, more)
+        halved[m] += more
         for seen in found:
             if m == 0:
                 if seen["fresh_gap"] > config.tolerance * max(1.0, seen["fresh"]):
@@ -169,6 +170,8 @@ def improve(
     tokens = max(1.0, sums.pop("tokens", 0.0))
     fresh, fresh_gap = sums.pop("fresh", 0.0), sums.pop("fresh_gap", 0.0)
     weight, squared = sums.pop("importance", 0.0), sums.pop("importance_squared", 0.0)
+    shares = [ranks.halvings(_tokens(part), config.tokens_per_microbatch) for part in listed]
+    halvings = max((a + b for a, b in zip(shares, halved, strict=True) if b), default=0)
     metrics |= {name: value / tokens for name, value in sums.items() if name != "loss"}
     metrics |= {
         "loss": sums["loss"],
@@ -228,7 +231,7 @@ def sequences(pairs: Sequence[Judged], config: UpdateConfig, version: int) -> li
 def lots(listed: Sequence[Sequence1], config: UpdateConfig, pad_id: int) -> list[Lot]:
     """Cut long prompts off: all but the last token, which predicts the first token of an answer.
     Sequences with nothing to learn are left out."""
-    tokens = ranks.portion(sum(len(s.ids) for s in listed), config.tokens_per_microbatch)
+    tokens = ranks.portion(_tokens(listed), config.tokens_per_microbatch)
     answers: dict[tuple[int, ...], list[Sequence1]] = defaultdict(list)
     for s in listed:
         if True in s.learn:
@@ -240,6 +243,10 @@ def lots(listed: Sequence[Sequence1], config: UpdateConfig, pad_id: int) -> list
         batches = micro_batches(continued, pad_id, tokens)
         found += [Lot(prompt, batches)] if prompt else [Lot((), [batch]) for batch in batches]
     return found
+
+
+def _tokens(listed: Sequence[Sequence1]) -> int:
+    return sum(len(s.ids) for s in listed)
 
 
 def read_lot(model: Transformer, lot: Lot, config: UpdateConfig) -> Iterator[tuple[Batch, Tensor, Tensor]]:

@@ -1,18 +1,16 @@
 """Runs a recipe in a folder, and takes up where a killed run stopped.
 
 A stage's fingerprint is the hash of everything that decides its result. A folder that carries the
-same fingerprint is reused (when DONE) or continued (when there is a saved state); one that carries
-another is made again. The old result steps aside until then: a stage that refuses its settings before
-it has logged a step leaves the run as it was.
+same fingerprint is reused (when DONE) or continued (when there is a saved state); a saved state is also
+continued when settings differ that only say where it is computed and how much at once
+(:mod:`liubai.recipe.marks`). All else is made again. The old result steps aside until then: a stage that
+refuses its settings before it has logged a step leaves the run as it was.
 
 Left out on purpose: running stages at the same time, and the report.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from liubai import files, ranks
 from liubai.errors import UserError
@@ -28,7 +26,9 @@ from liubai.measure.readiness import require_ready
 from liubai.problems.questions import Questions, disagreement
 from liubai.problems.source import Bank
 from liubai.recipe.environment import describe
+from liubai.recipe.folder import MARK, locked, require_run
 from liubai.recipe.follower import begin, end, follow, runs_together
+from liubai.recipe.marks import Mark, mark_of
 from liubai.recipe.recipe import Recipe, StagePlan
 from liubai.stages import stage_module
 from liubai.stages.config import Brought, Compute
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 #: Raised when the code changes what a finished stage would contain: old results are then made again.
 FORMAT = 1
-#: Marks a folder as a run, and is locked while one works in it.
-MARK = ".liubai-run"
 #: A stage's old curves of TensorBoard, inside its old result while that stands aside: one rename moves both.
 CURVES = ".tensorboard"
 #: Written for the whole run, and put back when nothing of it was computed.
@@ -90,12 +88,12 @@ def run(
 
 
 def _run(recipe: Recipe, out: Path, session: _Session) -> None:
-    _check_folder(out)
+    require_run(out)
     for other in session.reuse:
         if not (other / MARK).exists():
             raise UserError(f"'{other}' is no run folder; --reuse takes the folder of an earlier run")
     _require(recipe)
-    with _locked(out):
+    with locked(out):
         _recover(out)
         before = {path: path.read_bytes() for name in WHOLE if (path := out / name).exists()}
         moved: list[tuple[Path, Path]] = []
@@ -117,12 +115,12 @@ def _stages(recipe: Recipe, out: Path, session: _Session) -> None:
     finished: dict[str, Path] = {}
     fingerprints: dict[str, str] = {}
     for number, plan in enumerate(recipe.stages, 1):
-        parents = {name: fingerprints[name] for name in plan.parents}
-        fingerprints[plan.name] = fingerprint(recipe, plan, parents)
+        mark = mark_of(_decides(recipe, plan, {name: fingerprints[name] for name in plan.parents}))
+        fingerprints[plan.name] = mark.fingerprint
         folder = out / f"{number}-{plan.name}"
         inputs = {name: finished[name] for name in plan.parents}
-        _take_over(folder, fingerprints[plan.name], session)
-        _stage(recipe, plan, folder, inputs, fingerprints[plan.name], session)
+        _take_over(folder, mark.fingerprint, session)
+        _stage(recipe, plan, folder, inputs, mark, session)
         finished[plan.name] = folder
 
 
@@ -162,10 +160,12 @@ def _require(recipe: Recipe) -> None:
 
 def fingerprint(recipe: Recipe, plan: StagePlan, parents: Mapping[str, str]) -> str:
     """SHA-256 over all that decides a stage's result on one machine. ``parents``: name -> fingerprint, in
-    order.
+    order."""
+    return mark_of(_decides(recipe, plan, parents)).fingerprint
 
-    The number of threads is part of it: it changes the order of sums, so the last bits.
-    """
+
+def _decides(recipe: Recipe, plan: StagePlan, parents: Mapping[str, str]) -> dict[str, Any]:
+    """The number of threads is part of it: it changes the order of sums, so the last bits."""
     what = {
         "format": FORMAT,
         "kind": plan.kind,
@@ -176,7 +176,7 @@ def fingerprint(recipe: Recipe, plan: StagePlan, parents: Mapping[str, str]) -> 
     }
     if outside := plan.config.outside():
         what["outside"] = outside
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    return what
 
 
 def _take_over(folder: Path, mark: str, session: _Session) -> None:
@@ -196,12 +196,12 @@ def _take_over(folder: Path, mark: str, session: _Session) -> None:
 
 
 def _stage(
-    recipe: Recipe, plan: StagePlan, folder: Path, inputs: Mapping[str, Path], mark: str, session: _Session
+    recipe: Recipe, plan: StagePlan, folder: Path, inputs: Mapping[str, Path], mark: Mark, session: _Session
 ) -> None:
     total = getattr(plan.config, "steps", 0)
     view = session.view
     view.start(plan.name, plan.kind, total)
-    if _is_done(folder, mark):
+    if _is_done(folder, mark.fingerprint):
         view.finish(plan.name, True)
         return
     given = [checkpoint for path in inputs.values() if (checkpoint := path / "checkpoint").exists()]
@@ -218,7 +218,9 @@ def _stage(
         # written by the one who computes, not by every later look at a finished run
         continues = (folder / "state").exists()
         _record(folder.parent / "environment.json", describe(recipe.threads), continues, view)
-        context = Context(folder, recipe.seed, inputs, view, plan.name, mark, session.cluster)
+        context = Context(
+            folder, recipe.seed, inputs, view, plan.name, mark.fingerprint, session.cluster, mark.settings
+        )
         try:
             _all_run(plan, context)
             context.finish()
@@ -238,7 +240,7 @@ def _all_run(plan: StagePlan, context: Context) -> None:
 
 
 @contextmanager
-def _making_room(name: str, folder: Path, mark: str, session: _Session) -> Iterator[None]:
+def _making_room(name: str, folder: Path, mark: Mark, session: _Session) -> Iterator[None]:
     """An old result is aside while its stage is made again. It is back when that ended before the first step
     was logged, whatever ended it, and gone else."""
     old = not _clear(name, folder, mark, session.view)
@@ -286,7 +288,7 @@ def _is_done(folder: Path, mark: str) -> bool:
     return True
 
 
-def _clear(name: str, folder: Path, mark: str, view: View) -> bool:
+def _clear(name: str, folder: Path, mark: Mark, view: View) -> bool:
     """Leave the stage's folder empty, or with a state to continue from. An old result steps aside; False if
     there was one."""
     old = False
@@ -296,8 +298,14 @@ def _clear(name: str, folder: Path, mark: str, view: View) -> bool:
             old = True
         elif (folder / "state").exists():
             saved = read_meta(folder / "state")
-            if saved["fingerprint"] == mark:
+            if saved["fingerprint"] == mark.fingerprint:
                 view.warn(f"{name}: continues after step {saved['step']}")
+                return True
+            if saved.get("settings") == mark.settings:
+                view.warn(
+                    f"{name}: continues after step {saved['step']}, on another device or with other sizes "
+                    "than it began with: the last bits may differ"
+                )
                 return True
             view.warn(f"{name}: was interrupted with other settings; begins again")
             old = True
@@ -362,40 +370,3 @@ def _renumber(recipe: Recipe, out: Path, view: View, moved: list[tuple[Path, Pat
         if not wanted.exists():
             os.rename(folder, wanted)
             moved.append((folder, wanted))
-
-
-def _check_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"'{out}' is a file; choose another folder with --out")
-    if out.is_dir() and not (out / MARK).exists() and any(out.iterdir()):
-        raise UserError(
-            f"'{out}' is not empty and not a run of liubai; choose another folder with --out "
-            "(nothing in it was touched)"
-        )
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the folder's lock. The system drops it when the process ends, however it ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / MARK, "a+", encoding="utf-8")  # noqa: SIM115 — closed below
-    except OSError as error:
-        raise UserError(
-            f"cannot work in '{out}': {error.strerror}; choose another folder with --out"
-        ) from None
-    with lock:
-        try:
-            # lockf and not flock: a grader that outlives a killed run must not keep the lock
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            who = lock.read().strip()
-            raise UserError(
-                f"another run is working in '{out}'{f' (process {who})' if who else ''}; "
-                "wait for it, or choose another folder with --out"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
-        yield

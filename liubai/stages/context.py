@@ -68,6 +68,7 @@ class Context:
     stage: str = ""
     fingerprint: str = ""
     cluster: Cluster | None = None  #: where answers are written and judged, if not here
+    settings: str = ""  #: the fingerprint but for where the stage is computed, and how much at once
     _before: float = field(default=0.0, init=False)  # seconds of work before this session
     _started: float = field(default_factory=time.monotonic, init=False)
     _scalars: Any = field(default=None, init=False)  # TensorBoard's writer, made on first use
@@ -153,7 +154,8 @@ class Context:
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         """Make a resume point after ``step`` steps, replacing the last one atomically.
 
-        ``meta`` holds JSON values. Raises ``UserError`` when the disk is full: the last one stays.
+        ``meta`` holds JSON values. Raises ``UserError`` when the disk is full, or is not one that all ranks
+        see: the last one stays.
         """
         if not ranks.is_main():
             shards.write(self.folder, tensors)
@@ -170,6 +172,7 @@ class Context:
                     "step": step,
                     "seconds": self.seconds,
                     "fingerprint": self.fingerprint,
+                    "settings": self.settings,
                     "lengths": lengths,
                     "sha256": digest,
                     "meta": dict(meta),
@@ -181,7 +184,7 @@ class Context:
         ranks read its tensors ``into`` those of theirs, of the same names.
 
         To be called before anything is logged.
-        Raises ``UserError`` when the saved state is damaged.
+        Raises ``UserError`` when the saved state is damaged, or holds other tensors.
         """
         found = ranks.by_main(self._saved)
         if found is None:

@@ -64,12 +64,14 @@ def run(config: Config, context: Context) -> None:
             )
         for step in policy.steps():
             graded = policy.write(step)
-            batches = answers_of([g.group for g in graded], policy)
-            policy.log(step, graded, learn(policy, Imitation(teacher, config.kl), batches, step))
+            batches, shares = answers_of([g.group for g in graded], policy)
+            policy.log(step, graded, learn(policy, Imitation(teacher, config.kl), batches, shares, step))
         policy.save()
 
 
-def learn(policy: Policy, imitation: Imitation, batches: Sequence[Batch], step: int) -> dict[str, float]:
+def learn(
+    policy: Policy, imitation: Imitation, batches: Sequence[Batch], shares: int, step: int
+) -> dict[str, float]:
     """One optimizer step; what to log. What is not finite changes nothing."""
     optimizer = policy.optimizer
     losses, halvings = batches_within_memory(
@@ -85,12 +87,13 @@ def learn(policy: Policy, imitation: Imitation, batches: Sequence[Batch], step: 
         "updates": 1,
         "skipped": int(not math.isfinite(norm)),
         "update_tokens": sum(int(batch.mask_BT.sum()) for batch in batches),
-        **({"halvings": halvings} if halvings else {}),
+        **({"halvings": shares + halvings} if halvings else {}),
     }
 
 
-def answers_of(groups: Sequence[Group], policy: Policy) -> list[Batch]:
-    """All answers of a step, each token with its weight in the mean over all tokens."""
+def answers_of(groups: Sequence[Group], policy: Policy) -> tuple[list[Batch], int]:
+    """All answers of a step, each token with its weight in the mean over all tokens; and how often the size
+    of a micro-batch was halved so that every rank has some."""
     samples = [s for g in groups for s in g.samples]
     lengths = [len(s.completion_ids) for s in samples]
     weights = token_weights(lengths, "token-mean", policy.config.max_tokens)
@@ -102,8 +105,9 @@ def answers_of(groups: Sequence[Group], policy: Policy) -> list[Batch]:
         )
         for s, n, weight in zip(samples, lengths, weights, strict=True)
     ]
-    tokens = ranks.portion(sum(len(s.ids) for s in sequences), policy.tokens_per_microbatch)
-    return micro_batches(sequences, policy.tokenizer.pad_id, tokens)
+    tokens, most = sum(len(s.ids) for s in sequences), policy.tokens_per_microbatch
+    batches = micro_batches(sequences, policy.tokenizer.pad_id, ranks.portion(tokens, most))
+    return batches, ranks.halvings(tokens, most)
 
 
 class Imitation:

@@ -32,7 +32,7 @@ from liubai.learn.optim import Optimizer
 from liubai.learn.sharded import refresh, share_out
 from liubai.measure.readiness import warn_unjudged
 from liubai.model.checkpoint import load, save_checkpoint
-from liubai.model.lora import LoraConfig, attach, merged, save_adapter, trained
+from liubai.model.lora import LoraConfig, attach, merged, save_adapter
 from liubai.problems import FAMILIES, family
 from liubai.problems.family import Audited
 from liubai.problems.source import source_of
@@ -134,36 +134,10 @@ class Policy:
                 f"max_tokens {config.max_tokens} and prompts of {prompt} tokens do not fit the model's "
                 f"{model.config.max_position_embeddings} positions; lower max_tokens"
             )
-        self._stack = ExitStack()
-        # an engine elsewhere is asked by the first rank alone
-        self.engine = engine_for(
-            config.engine if ranks.is_main() else EngineConfig(),
-            whole,
-            parent=parent,
-            eos_ids=tokenizer.eos_ids,
-            slots=config.slots,
-            max_length=longest,
-            folder=context.folder / "weights",
-            lora=config.lora,
-            stack=self._stack,
-            cluster=context.cluster,
-            inflight=config.inflight,
-            max_staleness=config.max_staleness,
-        )
-        self.canary = canary_for(
-            config.engine,
-            self.engine,
-            whole,
-            [template.prompt_ids(p.prompt) for p in self.held_out],
-            temperature=config.temperature,
-            max_tokens=config.max_tokens,
-            seed=context.seed,
-        )
-        # an engine of its own around the same weights: the rollouts in flight are not disturbed
-        self.evaluator = TorchEngine(whole, eos_ids=tokenizer.eos_ids, slots=config.slots, max_length=longest)
+        self._source = source
         self.tokens_per_microbatch = config.microbatch()
         self._kept: dict[str, tuple[Callable[[], Mapping[str, Tensor]], Callable[[Any], None]]] = {}
-        self.keep("model", lambda: trained(model))
+        self.keep("model", self.optimizer.weights, self.optimizer.load_weights)
         self.keep("optimizer", self.optimizer.state_dict, self.optimizer.load_state_dict)
         self._tokens, self._skipped = 0, 0
         self._started = self._written = 0.0
@@ -173,7 +147,34 @@ class Policy:
         self._require_steps()
         self._require_passages()
         self._scorers = scorers_of(context, weights, config.where())
-        self._source = source
+        # an engine of its own around the same weights: the rollouts in flight are not disturbed
+        self.evaluator = TorchEngine(whole, eos_ids=tokenizer.eos_ids, slots=config.slots, max_length=longest)
+        with ExitStack() as stack:  # what an engine has opened is closed when something else fails
+            # an engine elsewhere is asked by the first rank alone
+            self.engine = engine_for(
+                config.engine if ranks.is_main() else EngineConfig(),
+                whole,
+                parent=parent,
+                eos_ids=tokenizer.eos_ids,
+                slots=config.slots,
+                max_length=longest,
+                folder=context.folder / "weights",
+                lora=config.lora,
+                stack=stack,
+                cluster=context.cluster,
+                inflight=config.inflight,
+                max_staleness=config.max_staleness,
+            )
+            self.canary = canary_for(
+                config.engine,
+                self.engine,
+                whole,
+                [template.prompt_ids(p.prompt) for p in self.held_out],
+                temperature=config.temperature,
+                max_tokens=config.max_tokens,
+                seed=context.seed,
+            )
+            self._stack = stack.pop_all()
 
     def _require_steps(self) -> None:
         """A process reward of steps that nobody can check would be 0 for every answer, without a word."""
@@ -198,10 +199,16 @@ class Policy:
                 )
 
     def __enter__(self) -> Self:
+        with self._stack as stack:
+            self.pool = stack.enter_context(self.context.graders(self.config.grader_timeout))
+            self.rollouts = self._rollouts()
+            self._stack = stack.pop_all()
+        return self
+
+    def _rollouts(self) -> Rollouts:
         config = self.config
-        self.pool = self._stack.enter_context(self.context.graders(config.grader_timeout))
-        embedded = ranks.by_main(lambda: isinstance(self.engine, TorchEngine))
-        self.rollouts = kind_of(embedded)(
+        self._embedded = ranks.by_main(lambda: isinstance(self.engine, TorchEngine))
+        return kind_of(self._embedded)(
             self.engine,
             self.template,
             lambda index: self._source.train(self.context.seed, index),
@@ -216,7 +223,6 @@ class Policy:
             ahead=max(1, self._slots() // config.samples) if config.inflight else 0,
             max_staleness=config.max_staleness,
         )
-        return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
@@ -277,7 +283,9 @@ class Policy:
         """The graded groups of a step, written under the weights of now, which are version ``step``."""
         self._started = time.perf_counter()
         weights = self.weights()
-        ranks.agreed(lambda: self._load(weights, step))
+        # a transfer, and what the canary asks, are the first rank's affair, and may take long
+        everywhere = ranks.agreed if self._embedded else ranks.by_main
+        everywhere(lambda: self._load(weights, step))
         graded = collect(self.rollouts) if collect else self.rollouts.collect(self.config.groups)
         self._written = time.perf_counter()
         return graded

@@ -107,9 +107,9 @@ class Critic:
             betas=(0.9, 0.95),
             moments=config.moments(),
         )
-        self.halvings = 0  # of this step's micro-batches
+        self.shares = self.halvings = 0  # of this step's micro-batches: for all ranks' work, for memory
         self.skipped = torch.zeros((), dtype=torch.long)  # steps in a row that were not finite
-        policy.keep("critic", self.scorer.state_dict)
+        policy.keep("critic", self.optimizer.weights, self.optimizer.load_weights)
         policy.keep("critic_optimizer", self.optimizer.state_dict, self.optimizer.load_state_dict)
         policy.keep("critic_skipped", lambda: {"steps": self.skipped})
 
@@ -140,8 +140,9 @@ class Critic:
                     {name: [0.0] * blank + row for name, row in values.items()},
                 )
             )
-        tokens = ranks.portion(sum(len(s.ids) for s in sequences), self.policy.tokens_per_microbatch)
-        batches = micro_batches(sequences, self.pad_id, tokens)
+        tokens, most = sum(len(s.ids) for s in sequences), self.policy.tokens_per_microbatch
+        batches = micro_batches(sequences, self.pad_id, ranks.portion(tokens, most))
+        self.shares = ranks.halvings(tokens, most)
         batches, self.halvings = batches_within_memory(Replicas(self.scorer), self._expect, batches)
         flat_N = torch.cat([b.values["advantages"][b.mask_BT] for b in batches])
         white_N = whiten_tokens(flat_N[None], torch.ones(1, len(flat_N), dtype=torch.bool))[0]
@@ -197,7 +198,7 @@ class Critic:
             "critic/grad_norm": norm,
             "critic/explained": explained_variance(old_N, returns_N),
             "critic/value": float(old_N.mean()),
-            **({"halvings": halvings} if halvings else {}),
+            **({"halvings": self.shares + halvings} if halvings else {}),
         }
 
     def _notice(self, norm: float) -> None:

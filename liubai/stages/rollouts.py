@@ -133,6 +133,9 @@ class Rollouts:
     @property
     def stale(self) -> int:
         """Answers that were dropped so far because they were too old, here or by the engine."""
+        return self._stale_here()
+
+    def _stale_here(self) -> int:
         return self._dropped + getattr(self.engine, "stale", 0)
 
     def _is_stale(self, sample: Sample) -> bool:
@@ -245,6 +248,7 @@ class Rollouts:
                 [p.request.id, p.completion_ids, p.logprobs, [[v.version, v.count] for v in p.versions]]
                 for p in self.engine.partials()
             ],
+            "stale": self._stale_here(),
             **({"missing": self._missing} if self._missing else {}),
         }
 
@@ -257,6 +261,7 @@ class Rollouts:
                 sample = _load(raw)
                 self._take(self._request(int(index) * self.samples + int(j)), sample)
         self._ended = list(state["ended"])  # in the order of then, not of this reading
+        self._dropped = state.get("stale", 0)  # a new engine has dropped none
         self.seconds_grading = 0.0
         self.engine.resume(
             [

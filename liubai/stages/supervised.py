@@ -23,7 +23,6 @@ from liubai.learn.optim import Optimizer
 from liubai.learn.packing import Batch, Sequence1, stacked
 from liubai.learn.replicas import Replicas
 from liubai.learn.sharded import settle, tokens_of
-from liubai.model.lora import trained
 from liubai.model.transformer import Transformer
 from liubai.seeds import stream
 from liubai.stages.config import MAX_SKIPPED
@@ -70,15 +69,13 @@ def train(
 
     def held() -> dict[str, torch.Tensor]:
         settle(model)
-        return {f"model/{n}": t for n, t in trained(model).items()} | {
+        return {f"model/{n}": t for n, t in optimizer.weights().items()} | {
             f"optimizer/{n}": t for n, t in optimizer.state_dict().items()
         }
 
     seen, first, skipped = 0, 0, 0
     if state := context.restore(held()):
-        saved = under("model/", state.tensors)
-        for name, tensor in trained(model).items():
-            tensor.copy_(saved[name])
+        optimizer.load_weights(under("model/", state.tensors))
         optimizer.load_state_dict(under("optimizer/", state.tensors))
         seen, first, skipped = state.meta["tokens"], state.step, state.meta["skipped"]
         # sums of the same parts, to the last bit

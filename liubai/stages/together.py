@@ -33,6 +33,11 @@ class Shared(Rollouts):
         self._taken += groups
         return sorted((g for part in ranks.gather(own) for g in part), key=lambda g: g.index)
 
+    @property
+    def stale(self) -> int:
+        """Of all ranks; all ask."""
+        return sum(ranks.gather(self._stale_here()))
+
     def _is_mine(self, index: int) -> bool:
         return index % ranks.world() == ranks.rank()
 
@@ -54,6 +59,7 @@ class Shared(Rollouts):
             "ended": [index for part in parts for index in part["ended"]],
             "open": {index: done for part in parts for index, done in part["open"].items()},
             "partials": [partial for part in parts for partial in part["partials"]],
+            "stale": sum(part["stale"] for part in parts),
             **({"missing": missing} if missing else {}),
         }
 
@@ -66,6 +72,7 @@ class Shared(Rollouts):
                 "ended": [index for index in state["ended"] if self._is_mine(index)],
                 "open": {i: done for i, done in state["open"].items() if self._is_mine(int(i))},
                 "partials": [p for p in state["partials"] if self._is_mine(p[0] // self.samples)],
+                "stale": state.get("stale", 0) if ranks.is_main() else 0,
                 "missing": [index for index in missing if self._is_mine(index)],
             }
         )
