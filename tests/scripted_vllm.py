@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import torch
 
-from liubai.model.checkpoint import read_weights
+from liubai.model.checkpoint import read_weights, to_hf_name
 from liubai.model.lora import load_adapter
 from liubai.model.transformer import Transformer
 from liubai.rollout.sampling import sample, uniform
@@ -40,6 +40,8 @@ class Script:
     raw: bool = False  #: gives log-probabilities at temperature 1
     sticky: bool = False  #: keeps its prefix cache
     nonsense: bool = False  #: answers without log-probabilities
+    unlabelled: bool = False  #: does not say which weights wrote an answer
+    short: bool = False  #: ends answers before their last token
     allowed: int = 1_000_000  #: tokens an answer, for now
 
 
@@ -52,6 +54,7 @@ class ScriptedVLLM:
         self.paused = False
         self.calls: list[str] = []  #: in order, without those that ask for answers
         self.asked: list[dict[str, Any]] = []
+        self.receiving: str | None = None  #: how far a native transfer is; None before the first
         self.aborted: set[str] = set()
         self.writing: dict[str, int] = {}  #: answers under way -> tokens so far
         self.changed = threading.Condition()
@@ -60,6 +63,12 @@ class ScriptedVLLM:
     def allow(self, tokens: int) -> None:
         with self.changed:
             self.script.allowed = tokens
+            self.changed.notify_all()
+
+    def abort_all(self) -> None:
+        """As somebody else's ``/abort_requests`` with ``{}`` does."""
+        with self.changed:
+            self.aborted |= self.writing.keys()
             self.changed.notify_all()
 
     def wait_until(self, count: int, tokens: int) -> None:
@@ -96,19 +105,39 @@ class ScriptedVLLM:
                     assert body["method"] == "reload_weights"
                     self.reload(Path(body["kwargs"]["weights_path"]))
                 case "/v1/load_lora_adapter":
-                    model = copy.deepcopy(self.base)
+                    name, model = body["lora_name"], copy.deepcopy(self.base)
+                    if name in self.adapters:
+                        return refused(400, f"The lora adapter '{name}' has already been loaded.")
                     load_adapter(body["lora_path"], model)
-                    self.adapters[body["lora_name"]] = model
+                    self.adapters[name] = model
                 case "/v1/unload_lora_adapter":
+                    if body["lora_name"] not in self.adapters:
+                        return refused(404, f"The lora adapter '{body['lora_name']}' cannot be found.")
                     del self.adapters[body["lora_name"]]
+                case "/init_weight_transfer_engine":
+                    assert body["init_info"] == {"master_address": "h", "master_port": 1, "world_size": 3}
+                    self.receiving = "idle"
+                case "/start_weight_update":
+                    assert self.receiving == "idle"
+                    self.receiving = "begun"
+                case "/update_weights":
+                    assert self.receiving == "begun"
+                    self.receive(body["update_info"])
+                case "/finish_weight_update":
+                    assert self.receiving == "begun"
+                    self.receiving = "idle"
+                    self.label = body.get("weight_version") or self.label
             self.changed.notify_all()
         return 200, {}
 
     def get(self, path: str) -> tuple[int, Any]:
-        card = {"id": "model", "max_model_len": self.script.max_model_len}
+        cards: list[dict[str, Any]] = [
+            {"id": "model", "max_model_len": self.script.max_model_len, "parent": None},
+            *({"id": name, "max_model_len": None, "parent": "model"} for name in self.adapters),
+        ]
         return 200, {
             "/version": {"version": self.script.version},
-            "/v1/models": {"data": [card]},
+            "/v1/models": {"data": cards},
             "/is_paused": {"is_paused": self.paused},
             "/get_world_size": {"world_size": 2},
         }[path]
@@ -119,10 +148,17 @@ class ScriptedVLLM:
         if not self.script.deaf:
             self.base.load_state_dict(weights)
 
+    def receive(self, tensors: dict[str, Any]) -> None:
+        """Numbers in the place of what goes over NCCL, under Hugging Face's names."""
+        ours = {to_hf_name(name): tensor for name, tensor in self.base.state_dict().items()}
+        if not self.script.deaf:
+            for name, numbers in tensors.items():
+                ours[name].copy_(torch.tensor(numbers))
+
     def generate(self, body: dict[str, Any]) -> tuple[int, Any]:
         if not self.script.scale_out:
             message = "Scale-out endpoints are disabled. Restart vllm serve with --enable-scale-out"
-            return 403, {"error": {"message": message, "code": 403}}
+            return refused(403, message)
         key, params = body["request_id"], body["sampling_params"]
         assert params["ignore_eos"]
         assert params["top_p"] == 1.0
@@ -132,7 +168,7 @@ class ScriptedVLLM:
         with self.changed:
             self.writing[key] = 0
             self.changed.notify_all()
-            while len(ids) < params["max_tokens"]:
+            while len(ids) < params["max_tokens"] - self.script.short:
                 self.changed.wait_for(
                     lambda: (
                         self.closed
@@ -160,7 +196,7 @@ class ScriptedVLLM:
             "index": 0,
             "finish_reason": reason,
             "token_ids": ids,
-            "weight_versions": versions,
+            "weight_versions": None if self.script.unlabelled else versions,
             "logprobs": None if self.script.nonsense else {"content": told},
         }
         return 200, {"request_id": f"generate-tokens-{key}", "choices": [choice]}
@@ -178,6 +214,10 @@ class ScriptedVLLM:
         others = zip(best.values.tolist(), best.indices.tolist(), strict=True) if best else ()
         entry = {"token_id": int(token), "logprob": float(full_V[token] if self.script.raw else logprob)}
         return {**entry, "top_logprobs": [entry, *({"token_id": i, "logprob": p} for p, i in others)]}
+
+
+def refused(status: int, message: str) -> tuple[int, Any]:
+    return status, {"error": {"message": message, "code": status}}
 
 
 @contextmanager
@@ -203,7 +243,7 @@ def serving(script: Script) -> Iterator[tuple[ScriptedVLLM, str]]:
             if path in script.missing:
                 status, said = 404, {"detail": "Not Found"}
             elif path in script.broken:
-                status, said = 500, {"error": {"message": script.broken[path], "code": 500}}
+                status, said = refused(500, script.broken[path])
             elif self.command == "GET":
                 status, said = program.get(path)
             else:

@@ -52,9 +52,12 @@ def stack() -> Iterator[ExitStack]:
 
 @pytest.fixture
 def about(tmp_path: Path) -> Path:
-    """A checkpoint, as far as it is looked at."""
-    folder = tmp_path / "about"
-    folder.mkdir()
+    return checkpoint(tmp_path / "about")
+
+
+def checkpoint(folder: Path) -> Path:
+    """One, as far as it is looked at."""
+    folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "chat_template.jinja").write_text("{{ x }}")
     (folder / "model.safetensors.index.json").write_text("{}")
@@ -63,12 +66,12 @@ def about(tmp_path: Path) -> Path:
 
 
 class Connected:
-    """A scripted server and an engine that speaks with it."""
+    """A scripted server, its own or ``server``, and an engine that speaks with it."""
 
     def __init__(self, stack: ExitStack, about: Path, model: Transformer, **keys: Any) -> None:
         self.model = model
         script_keys = {k: keys.pop(k) for k in list(keys) if k in Script.__dataclass_fields__}
-        program, url = stack.enter_context(serving(Script(model, **script_keys)))
+        program, url = keys.pop("server", None) or stack.enter_context(serving(Script(model, **script_keys)))
         self.program: ScriptedVLLM = program
         self.url = url
         self.lora = keys.pop("lora", None)
@@ -182,7 +185,7 @@ def test_new_weights_come_while_the_server_is_paused(stack: ExitStack, about: Pa
         more = len(sample.completion_ids) - 5
         assert versions == ([(0, 5), (1, more)] if i < 8 else [(1, more + 5)])
         assert_written_by({0: first, 1: second}, sample)
-    again = [body for body in c.program.asked if body["request_id"].startswith("3.")]
+    again = [body for body in c.program.asked if "-3." in body["request_id"]]
     # asked for again from where it was, and not with the random numbers that it has had
     assert again[1]["token_ids"] == [*PROMPTS[0], *done[3].completion_ids[:5]]
     assert again[1]["sampling_params"]["max_tokens"] == 7
@@ -231,6 +234,46 @@ def test_withdrawals(stack: ExitStack, about: Path) -> None:
     samples = generate(c.engine, [ask(i) for i in range(3)])
     for s in samples:
         assert_written_by({0: c.model}, s)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_answer_that_somebody_else_aborts_goes_on(times: int, stack: ExitStack, about: Path) -> None:
+    c = Connected(stack, about, tiny_model(1), allowed=2)
+    c.engine.load(c.model.state_dict(), 0)
+    c.engine.submit(ask(i, tokens=12) for i in range(4))
+    told = 0
+    for time in range(times):
+        assert c.engine.step() == []
+        c.program.wait_until(4, 2)
+        c.program.abort_all()
+        while told < 8 * (1 + time):
+            assert c.engine.step() == []
+            told += len(c.engine.fresh())
+        assert c.engine.pending == 4
+    c.program.allow(100)
+    done = run_out(c.engine)
+    assert sorted(done) == list(range(4))
+    for s in done.values():
+        assert s.stop in (Stop.EOS, Stop.LENGTH)
+        assert len(s.completion_ids) > 2 * times
+        assert_written_by({0: c.model}, s)
+
+
+def test_the_end_of_a_run_aborts_its_own_answers_alone(stack: ExitStack, about: Path) -> None:
+    c = Connected(stack, about, tiny_model(1))
+    other = Connected(stack, about, c.model, server=(c.program, c.url))
+    for engine in (c.engine, other.engine):
+        engine.load(c.model.state_dict(), 0)
+    c.program.allow(2)
+    for engine, count in ((c.engine, 3), (other.engine, 4)):
+        engine.submit(ask(i, tokens=9) for i in range(count))  # of the same names
+        engine.step()
+    c.program.wait_until(7, 2)
+    other.engine.close()
+    c.program.wait_until(3, 2)
+    c.program.allow(100)
+    assert sorted(run_out(c.engine)) == [0, 1, 2]
+    assert len(c.program.asked) == 7
 
 
 def test_partials_go_on_elsewhere(stack: ExitStack, about: Path) -> None:
@@ -407,6 +450,8 @@ def test_what_else_is_in_a_folder_stays_there(about: Path, tmp_path: Path) -> No
 
         def load_adapter(self, name: str, number: int, folder: Path) -> None: ...
 
+        def unload_adapter(self, name: str, number: int) -> None: ...
+
     root = tmp_path / "shared"
     root.mkdir()
     (root / "mine.txt").write_text("x")
@@ -504,6 +549,8 @@ def test_a_transfer_that_fails_says_why(
         ({"broken": {"/inference/v1/generate": "engine is dead"}}, "engine is dead"),
         ({"hang": {"/inference/v1/generate"}}, "has not answered for 1 s"),
         ({"nonsense": True}, "tokens and 0 log-probs"),
+        ({"unlabelled": True}, "does not say which weights wrote an answer"),
+        ({"short": True}, "ended an answer after 9 of 10 tokens and without an end token.*than the 200 of"),
     ],
 )
 def test_an_answer_that_does_not_come_ends_the_run(
@@ -583,6 +630,12 @@ def test_the_canary_stops_a_run_whose_server_is_not(fault: str, stack: ExitStack
     [
         ({"kind": "server"}, "needs its url"),
         ({"kind": "server", "url": "10.0.0.2:8000"}, "needs its url"),
+        ({"kind": "server", "url": "http://h:abc"}, "needs its url, such as .*, not 'http://h:abc'"),
+        ({"kind": "server", "url": "http://h:99999"}, "needs its url"),
+        ({"kind": "server", "url": "http://[::1"}, "needs its url"),
+        ({"kind": "vllm", "address": "host:abc"}, "address is HOST or HOST:PORT, not 'host:abc'"),
+        ({"kind": "vllm", "address": "host:0"}, "address is HOST or HOST:PORT"),
+        ({"kind": "vllm", "address": "http://host:29500"}, "address is HOST or HOST:PORT"),
         ({"kind": "torch", "url": "http://h:1"}, "url is not for an engine of kind 'torch'"),
         ({"kind": "vllm", "url": "http://h:1"}, "url is not for an engine of kind 'vllm'"),
         (
@@ -644,7 +697,7 @@ def test_a_recipes_engine_is_checked_and_its_folder_found(base: Path, tmp_path: 
         wanted.require_model("zero", [])
 
 
-def stage(base: Path, url: str, **keys: Any) -> rl.Config:
+def stage(base: Path, url: str, transport: Any = "folder", **keys: Any) -> rl.Config:
     """An untrained model is never right: the length is what its answers differ in."""
     return rl.Config(
         model=str(base / "checkpoint"),
@@ -657,20 +710,32 @@ def stage(base: Path, url: str, **keys: Any) -> rl.Config:
         slots=8,
         lr=3e-3,
         rewards=RewardWeights(overlong=-0.5, overlong_from=0.0),
-        engine=EngineConfig(kind="server", url=url),
+        engine=EngineConfig(kind="server", url=url, transport=transport),
         **keys,
     )
 
 
-@pytest.mark.parametrize("inflight", [False, True])
+@pytest.mark.parametrize(
+    ("transport", "keys"),
+    [
+        ("folder", {"inflight": False}),
+        ("folder", {"inflight": True}),
+        ("lora", {"inflight": True, "lora": LORA}),
+    ],
+)
 def test_a_stage_learns_from_answers_of_a_server(
-    inflight: bool, base: Path, tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+    transport: str,
+    keys: dict[str, Any],
+    base: Path,
+    tmp_path: Path,
+    stack: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed after its first step and taken up again: it goes on with exactly the answers that it had."""
     monkeypatch.setattr(Context, "_tensorboard", lambda self, step, metrics: None)
     model, _ = load(base / "checkpoint")
     program, url = stack.enter_context(serving(Script(model, max_model_len=4096)))
-    config = stage(base, url, steps=3, inflight=inflight)
+    config = stage(base, url, transport, steps=3, **keys)
     folder = tmp_path / "1-zero"
     with pytest.raises(Killed):
         rl.run(config, Context(folder, 0, {}, Silent(kill_at=2)))
@@ -681,7 +746,7 @@ def test_a_stage_learns_from_answers_of_a_server(
         assert row["logprob_gap/canary"] < 1e-5
         assert row["logprob_gap/fresh"] < 1e-5
         assert row["grad_norm"] > 0
-    assert (program.label, program.paused, program.writing) == ("2", False, {})
+    assert (program.label, program.paused, program.writing, program.adapters) == ("2", False, {}, {})
     assert not (folder / "weights").exists()
 
 

@@ -4,13 +4,19 @@ The worst that can happen to a run says nothing: new weights that never reach th
 staleness, and cost others two months (verl#7495), and an engine that computes something else looks like a
 hard problem. So the engine answers the same few requests after every transfer, and the trainer says what it
 thinks of the answers. The run stops when they differ by more than arithmetic explains, and when the engine
-says what it said before, to the last bit, although the trainer's own opinion of it has changed.
+says what it said before although the trainer's own opinion of it has changed.
+
+Before is not only last time: small steps that are lost add up. An engine on a GPU does not give the same
+log-probabilities twice when other answers stand beside these, so what it says has to be near, not equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from itertools import chain, takewhile
 
 import torch
 
@@ -22,13 +28,43 @@ from liubai.types import Sample
 
 #: Tokens of an answer. With four requests enough for a mean; a step has thousands.
 TOKENS = 16
-#: The share of the bound by which the trainer's own scores must move before the engine has to say something
-#: else.
-MOVED = 0.02
+#: The share of the bound by which the trainer's own scores must move before the engine has to follow, and
+#: the share of that which the engine's must have moved then. Two programs that round to 16 bits move about
+#: as far as each other, also where a step changes less than rounding does.
+MOVED, FOLLOWED = 0.02, 0.1
+#: Tokens over which a mean says that an engine has not followed, where it does not repeat itself to the last
+#: bit.
+ENOUGH = 16
 
 
 class NotArrived(Diverged):
     """The engine does not write what the trainer's weights would."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What the engine said at ``version``, and what the trainer thought of it. ``number``: from 1."""
+
+    number: int
+    version: int
+    ids: list[tuple[int, ...]]
+    said: list[tuple[float, ...]]
+    scores: list[list[float]]
+
+    def since(self, then: _Look) -> tuple[float, float]:
+        """mean |Δ log-probability| of the engine and of the trainer, over the tokens that stand in the same
+        place after the same tokens. Zeros where these are too few."""
+        same = [
+            sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(now, before, strict=False)))
+            for now, before in zip(self.ids, then.ids, strict=True)
+        ]
+        if sum(same) < ENOUGH and (self.ids, self.said) != (then.ids, then.said):
+            return 0.0, 0.0
+        theirs, ours = (
+            _distance(_first(same, now), _first(same, before))
+            for now, before in ((self.said, then.said), (self.scores, then.scores))
+        )
+        return theirs, ours
 
 
 class Canary:
@@ -60,35 +96,72 @@ class Canary:
         ]
         #: mean |Δ log-probability| of the last look
         self.gap = 0.0
-        self._said: list[tuple[tuple[int, ...], tuple[float, ...]]] = []
-        self._scores: list[float] = []
-        self._since = -1
+        self._looks: list[_Look] = []
+        self._number = 0
 
     def look(self, version: int) -> None:
         """To be called when weights of ``version`` have been loaded. Raises :class:`NotArrived`."""
-        samples = self.write(self.requests)
-        said = [(s.completion_ids, s.logprobs) for s in samples]
-        theirs = list(chain.from_iterable(s.logprobs for s in samples))
-        scores = list(chain.from_iterable(self.score(samples)))
-        self.gap = _distance(theirs, scores)
-        if said == self._said:
-            moved = _distance(scores, self._scores)
-            if moved > MOVED * self.bound:
+        self.judge(self.write(self.requests), version)
+
+    def judge(self, samples: Sequence[Sample], version: int) -> None:
+        """What the engine answers under ``version``. Raises :class:`NotArrived`."""
+        if len(samples) != len(self.requests) or not all(s.completion_ids for s in samples):
+            raise NotArrived(
+                f"the engine has not answered each request after the transfer of version {version}"
+            )
+        self._number += 1
+        look = _Look(
+            self._number,
+            version,
+            [s.completion_ids for s in samples],
+            [s.logprobs for s in samples],
+            self.score(samples),
+        )
+        theirs, ours = list(chain(*look.said)), list(chain(*look.scores))
+        self.gap = _distance(theirs, ours)
+        for then in self._looks:
+            followed, moved = look.since(then)
+            if moved > MOVED * self.bound and followed < FOLLOWED * moved:
                 raise NotArrived(
-                    f"the engine still answers as with version {self._since}, to the last bit, and the "
-                    f"trainer, at version {version}, scores these answers otherwise by now "
-                    f"(mean |Δ log-prob| {moved:.2g}): the new weights did not reach the engine"
+                    f"the engine still answers as with version {then.version} (mean |Δ log-prob| "
+                    f"{followed:.2g}), and the trainer, at version {version}, scores these answers otherwise "
+                    f"by now ({moved:.2g}): the new weights did not reach the engine"
                 )
-        else:  # kept while the engine repeats itself: small steps add up
-            self._said, self._scores, self._since = said, scores, version
+        # one is kept until it is twice as old as the largest power of 2 in its number: a few of all ages
+        kept = (k for k in self._looks if self._number - k.number < 2 * (k.number & -k.number))
+        self._looks = [*kept, look]
         if not self.gap <= self.bound:  # NaN, too
             raise NotArrived(
                 f"engine and trainer disagree after the transfer of version {version}: mean |Δ log-prob| of "
-                f"{len(scores)} tokens is {self.gap:.3g}, the bound {self.bound:g}. Either the new weights "
+                f"{len(ours)} tokens is {self.gap:.3g}, the bound {self.bound:g}. Either the new weights "
                 "did not reach the engine, or it computes something else: another precision or model, or "
                 "log-probabilities that are not at the sampling temperature (a server needs --logprobs-mode "
                 "processed_logprobs). If 16 bits alone can explain it, raise engine.bound"
             )
+
+
+class Canaries:
+    """For an engine of many actors, each with weights of its own that may not have arrived: one ``canary``,
+    as it was made, with a memory for each place. ``ask`` lets those actors answer that are there, by place.
+    """
+
+    def __init__(
+        self, canary: Canary, ask: Callable[[Sequence[Request]], Mapping[int, Sequence[Sample]]]
+    ) -> None:
+        self.canary, self.ask = canary, ask
+        self.gap = 0.0  #: mean |Δ log-probability| of the last look, where it was largest
+        self._of = defaultdict[int, Canary](lambda: copy(canary))
+
+    def look(self, version: int) -> None:
+        """See :meth:`Canary.look`."""
+        gaps = []
+        for place, samples in self.ask(self.canary.requests).items():
+            try:
+                self._of[place].judge(samples, version)
+            except NotArrived as error:
+                raise NotArrived(f"rollout actor {place}: {error}") from error
+            gaps.append(self._of[place].gap)
+        self.gap = max(gaps)
 
 
 @torch.no_grad()
@@ -103,6 +176,10 @@ def scores(model: Transformer, samples: Sequence[Sample], temperature: float) ->
         logprobs_TV = (model.head(hidden_TD).float() / (temperature or 1.0)).log_softmax(-1)
         found.append(logprobs_TV.gather(1, ids_1T[0, start:, None])[:, 0].tolist())
     return found
+
+
+def _first(counts: Sequence[int], rows: Sequence[Sequence[float]]) -> list[float]:
+    return [number for count, row in zip(counts, rows, strict=True) for number in row[:count]]
 
 
 def _distance(some: Sequence[float], others: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ each transfer::
     kind = "server"
     url = "http://10.0.0.2:8000"
     transport = "folder"                     # "lora" for a stage with lora, "native" for NCCL between GPUs
-    folder = "/shared/weights"               # on a disk that both see
+    folder = "/shared/weights"               # on a disk that both see; the run has a folder of its own there
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from liubai import ranks
 from liubai.errors import UserError
 from liubai.model.lora import LoraConfig
 from liubai.model.transformer import Transformer
-from liubai.rollout.canary import Canary, scores
+from liubai.rollout.canary import Canaries, Canary, scores
 from liubai.rollout.engine import Engine
 from liubai.rollout.outside import OutsideEngine
 from liubai.rollout.torch_engine import TorchEngine
-from liubai.rollout.transport import FolderTransport, LoraTransport, Transport
+from liubai.rollout.transport import FolderTransport, LoraTransport, Transport, own_folder
 
 if TYPE_CHECKING:
     from liubai.cluster.connect import Cluster
@@ -57,7 +57,7 @@ class EngineConfig(BaseModel):
     kind: Literal["torch", "vllm", "server"] = "torch"
     url: str = ""
     transport: Literal["folder", "lora", "native"] = "folder"
-    #: where ``folder`` and ``lora`` put weights: the stage's own folder unless told otherwise
+    #: where ``folder`` and ``lora`` make a folder for weights: in the stage's own unless told otherwise
     folder: str = ""
     #: where this process is found by a server's GPUs, for ``native``: HOST or HOST:PORT
     address: str = ""
@@ -89,9 +89,12 @@ class EngineConfig(BaseModel):
             # a resolved recipe spells the defaults out
             if getattr(self, name) != type(self).model_fields[name].get_default():
                 raise ValueError(f"{name} is not for an engine of kind '{self.kind}'")
-        parts = urlsplit(self.url)
-        if self.kind == "server" and (parts.scheme not in ("http", "https") or not parts.hostname):
-            raise ValueError("an engine of kind 'server' needs its url, such as http://127.0.0.1:8000")
+        if self.kind == "server" and _scheme(self.url) not in ("http", "https"):
+            raise ValueError(
+                f"an engine of kind 'server' needs its url, such as http://127.0.0.1:8000, not '{self.url}'"
+            )
+        if self.address and ("/" in self.address or _scheme(f"//{self.address}") is None):
+            raise ValueError(f"address is HOST or HOST:PORT, not '{self.address}'")
         return self
 
     def tolerance(self, dtype: torch.dtype) -> float:
@@ -110,9 +113,13 @@ class EngineConfig(BaseModel):
         if self.transport == "lora" and not lora:
             raise UserError('engine.transport = "lora" is for stages that train an adapter; set lora, too')
         if self.kind == "vllm" and ranks.world() > 1:  # it would take part in their process group
-            raise UserError(
-                'engine "vllm" is for one process; of several, kind = "server" writes the answers'
-            )
+            from liubai.cluster.connect import joined
+
+            if not joined():  # where it is in processes of its own
+                raise UserError(
+                    'engine "vllm" is for one process; of several, kind = "server" writes the answers, or '
+                    "the actors of a cluster (--cluster)"
+                )
         needs_vllm = self.kind == "vllm" or (self.kind == "server" and self.transport == "native")
         if needs_vllm and importlib.util.find_spec("vllm") is None:
             raise UserError(
@@ -140,10 +147,11 @@ def engine_for(
     put into ``folder``, unless the config says where; ``stack`` lets go of it. With a ``cluster``, engines of
     this kind are its actors'. Raises ``UserError`` for what is not there or does not fit."""
     if cluster and config.kind != "server":
-        return cluster.engine_for(
+        remote = cluster.engine_for(
             config,
             model,
             parent=parent,
+            folder=folder,
             eos_ids=eos_ids,
             slots=slots,
             max_length=max_length,
@@ -151,10 +159,12 @@ def engine_for(
             inflight=inflight,
             max_staleness=max_staleness,
         )
+        stack.callback(remote.close)
+        return remote
     if config.kind == "torch":
         return TorchEngine(model, eos_ids=eos_ids, slots=slots, max_length=max_length)
     config.require(lora)
-    root = (Path(config.folder) if config.folder else folder).absolute()
+    root = own_folder(Path(config.folder).absolute(), folder, stack) if config.folder else folder.absolute()
     if config.kind == "server":
         from liubai.rollout.server_engine import Server, ServerEngine
 
@@ -203,10 +213,10 @@ def _transport(
 
     if workers is None:
         return NativeTransport(lambda: Handover(rank=0), lora)
-    host, _, port = config.address.partition(":")
+    here = urlsplit(f"//{config.address}")
     return NativeTransport(
         lambda: nccl(
-            host or socket.gethostbyname(socket.gethostname()), int(port or _free_port()), workers()
+            here.hostname or socket.gethostbyname(socket.gethostname()), here.port or _free_port(), workers()
         ),
         lora,
         config.timeout,
@@ -222,12 +232,12 @@ def canary_for(
     temperature: float,
     max_tokens: int,
     seed: int,
-) -> Canary | None:
-    """For an engine that has its own copy of the weights."""
+) -> Canary | Canaries | None:
+    """For an engine that has its own copy of the weights, or several."""
     ask = getattr(engine, "ask", None)
     if config.kind == "torch" or ask is None or not config.canary:
         return None  # of our own engine, wherever it is, ``update`` looks at every token
-    return Canary(
+    canary = Canary(
         list(prompts)[: config.canary],
         ask,
         lambda samples: scores(model, samples, temperature),
@@ -236,6 +246,17 @@ def canary_for(
         seed=seed,
         max_tokens=max_tokens,
     )
+    each = getattr(engine, "ask_each", None)
+    return Canaries(canary, each) if each else canary
+
+
+def _scheme(url: str) -> str | None:
+    """None where there is no host, or a port that is not one."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme if parts.hostname and parts.port != 0 else None
+    except ValueError:
+        return None
 
 
 def _free_port() -> int:

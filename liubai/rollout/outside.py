@@ -41,14 +41,15 @@ def require_supported(version: str, where: str) -> None:
 
 
 class Heard(NamedTuple):
-    """What became known of an answer since it was last heard of. ``alternatives``: one entry a token, or
-    none."""
+    """What became known of an answer since it was last heard of. ``ended``: the engine writes no more of it;
+    ``aborted``: because somebody else told it so. ``alternatives``: one entry a token, or none."""
 
     key: str
     ids: Sequence[int]
     logprobs: Sequence[float]
     ended: bool
     alternatives: Sequence[tuple[tuple[int, float], ...]] = ()
+    aborted: bool = False
 
 
 @dataclass(slots=True)
@@ -264,9 +265,20 @@ class OutsideEngine(ABC):
             begun = self._out[heard.key]
             begun.add(heard, self._version)
             self._fresh += _tokens(begun.request.id, heard)
-            if heard.ended:
-                del self._out[heard.key]
-                ended.append(begun.sample(self._over(begun) or Stop.LENGTH))
+            if not heard.ended:
+                continue
+            del self._out[heard.key]
+            stop = self._over(begun)
+            if stop:
+                ended.append(begun.sample(stop))
+            elif heard.aborted:
+                self._queue.append(begun)  # the rest is asked for again
+            else:
+                raise UserError(
+                    f"the engine ended an answer after {len(begun.ids)} of {begun.request.max_tokens} tokens "
+                    "and without an end token; does it hold fewer tokens than the "
+                    f"{self.max_length} of prompt and answer?"
+                )
         return ended
 
 

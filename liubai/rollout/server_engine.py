@@ -10,9 +10,10 @@ own. A key, if it wants one, is in VLLM_API_KEY.
 
 New weights arrive while it is paused: ``/pause`` ends all answers with what they said so far, then come the
 weights, an empty prefix cache and the version's name, then ``/resume``, and the answers are asked for again
-from there. An answer names the version that wrote it; one under another name ends the run. Left out on
-purpose: more than one server (actors are for that), streams (a message a token and answer would keep both
-sides busy), and going on when the server dies: a new one has its first weights, and no one would notice.
+from there; so are those that somebody else aborts. An answer names the version that wrote it; one under
+another name, or none, ends the run. Left out on purpose: more than one server (actors are for that), streams
+(a message a token and answer would keep both sides busy), and going on when the server dies: a new one has
+its first weights, and no one would notice.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import http.client
 import json
 import os
 import queue
+import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -143,7 +145,11 @@ class Server:
         self.model = name
 
     def unload_adapter(self, name: str, number: int) -> None:
-        self.call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        self.call("POST", "/v1/unload_lora_adapter", {"lora_name": name}, timeout=SHORT)
+
+    def adapters(self) -> list[str]:
+        cards = self.call("GET", "/v1/models", timeout=SHORT)["data"]
+        return [str(card["id"]) for card in cards if card.get("parent")]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.call("POST", "/init_weight_transfer_engine", {"init_info": init_info})
@@ -171,6 +177,7 @@ class ServerEngine(OutsideEngine):
         super().__init__(transport, eos_ids=eos_ids, max_length=max_length)
         self.server, self.slots = server, slots
         server.require(max_length)
+        self._name = secrets.token_hex(8)  # tells its answers from those of another run
         self._label = ""  # of the weights in use
         self._lock = threading.Condition()
         self._waiting: dict[str, dict[str, Any]] = {}  # not yet taken by a thread
@@ -188,7 +195,7 @@ class ServerEngine(OutsideEngine):
         with self._lock:
             for key, begun in asked.items():
                 self._waiting[key] = {
-                    "request_id": key,
+                    "request_id": f"{self._name}-{key}",
                     "token_ids": [*begun.request.prompt_ids, *begun.ids],
                     "sampling_params": self.sampling(begun),
                     **({"model": self.server.model} if self.server.model else {}),
@@ -236,7 +243,7 @@ class ServerEngine(OutsideEngine):
             ids = [int(token) for token in choice["token_ids"] or ()]
             told = (choice["logprobs"] or {}).get("content") or ()
             logprobs = [float(entry["logprob"]) for entry in told]
-            reason, spans = choice["finish_reason"], choice.get("weight_versions") or ()
+            aborted, spans = choice["finish_reason"] == "abort", choice.get("weight_versions") or ()
             labels = {str(span["version"]) for span in spans}
             most = self._out[key].request.alternatives
             others = [_likeliest(entry["top_logprobs"], most) for entry in told] if most else ()
@@ -249,13 +256,18 @@ class ServerEngine(OutsideEngine):
             raise UserError(
                 f"the server at {self.server.url} gave {len(ids)} tokens and {len(logprobs)} log-probs"
             )
+        if ids and not labels:
+            raise UserError(
+                f"the server at {self.server.url} does not say which weights wrote an answer "
+                "(weight_versions is empty)"
+            )
         if labels - {self._label}:
             raise UserError(
                 f"the server at {self.server.url} wrote with weights '{min(labels - {self._label})}', not "
                 f"with version {self._label} that it was given: it was started again, or somebody else gives "
                 "it weights"
             )
-        return Heard(key, ids, logprobs, reason != "abort", others)
+        return Heard(key, ids, logprobs, True, others, aborted)
 
     def _stop(self, keys: Sequence[str]) -> list[Heard]:
         wanted = set(keys)
@@ -269,8 +281,7 @@ class ServerEngine(OutsideEngine):
         deadline = time.monotonic() + self.server.timeout
         while wanted:
             # again and again: one that was on its way is not known there until it has arrived
-            ids = [name for key in sorted(wanted) for name in (key, f"generate-tokens-{key}")]
-            self.server.call("POST", "/abort_requests", {"request_ids": ids}, timeout=SHORT)
+            self._abort(wanted)
             try:
                 while wanted:
                     key, said = self._said.get(timeout=PATIENCE)
@@ -283,6 +294,12 @@ class ServerEngine(OutsideEngine):
                         f"{self.server.timeout:.0f} s; see its log"
                     ) from None
         return [self._heard(key, said) for key, said in heard]
+
+    def _abort(self, keys: Iterable[str]) -> None:
+        """By name, for others may have theirs written there; vLLM puts something before it."""
+        names = [f"{self._name}-{key}" for key in sorted(keys)]
+        ids = [id for name in names for id in (name, f"generate-tokens-{name}")]
+        self.server.call("POST", "/abort_requests", {"request_ids": ids}, timeout=SHORT)
 
     def _pause(self) -> None:
         self.server.call("POST", "/pause", mode="abort")
@@ -301,7 +318,7 @@ class ServerEngine(OutsideEngine):
             self._lock.notify_all()
         if self._out:
             with suppress(UserError):  # it may be why the run ends
-                self.server.call("POST", "/abort_requests", {}, timeout=SHORT)
+                self._abort(self._out)
         self.transport.close()
 
 

@@ -2,8 +2,8 @@
 
 ``folder`` is a Hugging Face folder on a disk that both sides see, and always works; ``lora`` is a folder
 with the adapter alone, under a name of its own for each version, so that nothing can mistake an old one for
-it. ``native`` is vLLM's weight-transfer API, of which ``vllm_engine`` knows the one side and
-:class:`Receiver` the other.
+it. Both write into a folder that nobody else writes into (:func:`own_folder`). ``native`` is vLLM's
+weight-transfer API, of which ``vllm_engine`` knows the one side and :class:`Receiver` the other.
 
 Left out on purpose: durability. A folder of weights is for the engine, not for the next day, so nothing
 waits for the disk; resume points are the stage's business.
@@ -12,11 +12,14 @@ waits for the disk; resume points are the stage's business.
 from __future__ import annotations
 
 import json
+import re
+import secrets
 import shutil
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,13 +27,19 @@ import torch
 from torch import Tensor
 
 from liubai.errors import UserError
-from liubai.files import naming_full_disk, remove_folder, write_json
+from liubai.files import naming_full_disk, remove_folder, write_json, write_text
 from liubai.model.checkpoint import INDEX, WEIGHTS, to_hf_name
 from liubai.model.lora import PREFIX, LoraConfig, merge, write_adapter
 
 #: Written last: a folder with it is whole. What else says so, a rename, does not reach every kind of shared
 #: disk.
 STABLE = "STABLE"
+#: Adapters of ours, in the folder and in the engine.
+POLICY = re.compile(r"policy-v\d+")
+#: What a version is in, and what is left of one that was being written or removed when the run was killed.
+VERSION = re.compile(rf"(step-\d{{6,}}|{POLICY.pattern})|\.(step-\d{{6,}}|{POLICY.pattern})\..+")
+#: Says in a stage's folder where its weights are.
+PLACE = "place.txt"
 #: What tensors are called in the format's header.
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -47,6 +56,9 @@ class Receiver(Protocol):
         """From now on, answers are written with this adapter."""
 
     def unload_adapter(self, name: str, number: int) -> None: ...
+
+    def adapters(self) -> list[str]:
+        """The names of those that are loaded."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
 
@@ -85,11 +97,13 @@ class FolderTransport:
 
 class LoraTransport:
     """``root/policy-v17`` holds the adapter of version 17, and that is its name. ``base`` is the checkpoint
-    that it belongs to; ``used``: the engine may have had other weights, and is given these first."""
+    that it belongs to; ``used``: the engine may have had other weights, and is given these first. It may
+    have adapters, too: those that a killed run left under our names are unloaded, for no name is taken
+    twice."""
 
     def __init__(self, root: Path, base: Path, lora: LoraConfig, *, used: bool = False) -> None:
         self.root, self.base, self.lora, self._used = root, base, lora, used
-        self._last: tuple[str, int] | None = None
+        self._last: Callable[[], None] | None = None  # unloads the adapter in use
 
     def send(self, weights: Mapping[str, Tensor], version: int, receiver: Receiver) -> None:
         name, number = f"policy-v{version}", version + 1  # numbers begin at 1
@@ -101,16 +115,43 @@ class LoraTransport:
         write_adapter(self.root / name, tensors, self.lora, str(self.base))
         write_json(self.root / name / STABLE, {"version": version})
         if self._used:
+            for left in filter(POLICY.fullmatch, receiver.adapters()):
+                receiver.unload_adapter(left, 0)
             receiver.reload(self.base)
             self._used = False
         receiver.load_adapter(name, number, self.root / name)
         if self._last:  # nobody writes with it any more: all answers were called back
-            receiver.unload_adapter(*self._last)
-        self._last = name, number
+            self._last()
+        self._last = partial(receiver.unload_adapter, name, number)
         _only(self.root, self.root / name)
 
     def close(self) -> None:
+        if self._last:
+            with suppress(UserError):  # the engine may be why the run ends
+                self._last()
         _only(self.root, None)
+
+
+def own_folder(shared: Path, home: Path, stack: ExitStack) -> Path:
+    """A name in the folder ``shared`` that no other run has. It is noted in ``home``, the stage's own
+    folder, until ``stack`` is left: a run that was killed finds what it wrote, and removes it."""
+    note = home / PLACE
+    stack.callback(_forget, note)
+    with suppress(OSError):
+        place = Path(note.read_text(encoding="utf-8"))
+        if place.parent == shared:
+            return place
+        _only(place, None)  # the recipe has another ``shared`` by now
+    place = shared / f"liubai-{home.parent.name}-{secrets.token_hex(8)}"
+    home.mkdir(parents=True, exist_ok=True)
+    write_text(note, str(place))
+    return place
+
+
+def _forget(note: Path) -> None:
+    with suppress(OSError):
+        note.unlink()
+        note.parent.rmdir()
 
 
 def plain(weights: Mapping[str, Tensor], lora: LoraConfig | None) -> Iterator[tuple[str, Tensor]]:
@@ -193,11 +234,11 @@ def within(seconds: float, what: str, work: Callable[[], Value]) -> Value:
 
 
 def _only(root: Path, kept: Path | None) -> None:
-    """Remove what earlier versions left."""
+    """Remove what earlier versions left in a folder of our own."""
     if not root.is_dir():
         return
     for folder in list(root.iterdir()):
-        if folder != kept and folder.name.lstrip(".").startswith(("step-", "policy-v")):
+        if folder != kept and VERSION.fullmatch(folder.name):
             remove_folder(folder)
     if kept is None:
         with suppress(OSError):  # it may have been there before, with other things in it

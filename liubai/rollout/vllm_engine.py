@@ -176,6 +176,9 @@ class _Inside:
     def unload_adapter(self, name: str, number: int) -> None:
         self.llm.llm_engine.remove_lora(number)
 
+    def adapters(self) -> list[str]:
+        return []  # nobody was here before
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.llm.init_weight_transfer_engine({"init_info": init_info})
 
