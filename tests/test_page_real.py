@@ -16,6 +16,8 @@ from playwright.sync_api import Page, expect  # noqa: E402
 from reader import ask, finished, switch_colours  # noqa: E402
 from serving import Running, ScriptedWriter, continues, house_of, running, tokenizer  # noqa: E402
 
+from liubai.serve.app import HEAD_S  # noqa: E402
+
 pytest_plugins = ["reader"]
 THOUGHT = "Let me think.</think>\n\nIt is **42**, 留白."
 SHOWN = "It is 42, 留白."
@@ -189,6 +191,7 @@ def test_a_failure_in_the_middle_and_a_server_that_is_busy(
     page: Page, writer: ScriptedWriter, real: Running
 ) -> None:
     async def broken() -> None:
+        await asyncio.sleep(2 * HEAD_S)  # until the first words are sent
         raise RuntimeError("secret of the house")
 
     writer.size, writer.held = 30, broken
