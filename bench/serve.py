@@ -31,6 +31,7 @@ from bench.job import environment
 from bench.serve_host import PROMPTS, Load, measured, processor_time, quantile
 
 PAIRS = 256  #: different questions with their seeds
+STEP = 57  #: from a client's question to its next: by and by all of them, and each of the prompts as often
 PATIENCE_S = 10.0  #: that a stream may be silent
 
 
@@ -48,11 +49,11 @@ class Seen:
     heard: dict[int, float] = field(default_factory=dict)  #: when each client last heard anything
 
 
-async def client(port: int, number: int, step: int, max_tokens: int, seen: Seen, exact: bool) -> None:
+async def client(port: int, number: int, max_tokens: int, seen: Seen, exact: bool) -> None:
     """One after the other, for ever."""
     at = number
     while True:
-        pair, at = at % PAIRS, at + step
+        pair, at = at % PAIRS, at + STEP
         body = json.dumps(
             {
                 "model": "default",
@@ -172,7 +173,7 @@ async def load(
     expected: dict[int, list[str]],
 ) -> dict[str, float]:
     seen = Seen(expected=expected)
-    tasks = [asyncio.create_task(client(port, i, clients, max_tokens, seen, exact)) for i in range(clients)]
+    tasks = [asyncio.create_task(client(port, i, max_tokens, seen, exact)) for i in range(clients)]
     await asyncio.sleep(min(10.0, seconds / 4))
     seen.counting, began, memory, before = True, time.perf_counter(), [memory_mb(pid)], spent(pid)
     while time.perf_counter() - began < seconds:

@@ -57,7 +57,7 @@ def steps(megabytes: Sequence[float]) -> list[float]:
 
 async def looks(port: int, pid: int, clients: int, minutes: float, every: float, most: int) -> list[Look]:
     seen = Seen(counting=True)
-    tasks = [asyncio.create_task(client(port, i, clients, most, seen, True)) for i in range(clients)]
+    tasks = [asyncio.create_task(client(port, i, most, seen, True)) for i in range(clients)]
     began, found = time.perf_counter(), list[Look]()
     while not found or found[-1].seconds < 60 * minutes:
         await asyncio.sleep(every)

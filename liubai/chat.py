@@ -26,7 +26,7 @@ from liubai.serve.answering import answer
 from liubai.serve.asking import prepared
 from liubai.serve.errors import Refused, refusal_of
 from liubai.serve.events import ChoiceSaid, Ended, Event, PathSaid, Started
-from liubai.serve.house import House, Served, token_bytes
+from liubai.serve.house import House, Served, names_of, token_bytes
 from liubai.serve.limits import Limits
 from liubai.serve.router import ROUTES, Router
 from liubai.serve.schema import ChatRequest, bounded, read
@@ -49,7 +49,7 @@ HELP = """\
 /think on|off        DeepThink: think before the answer
 /budget N|none       the most tokens of a thought
 /atleast N           the fewest: think longer
-/paths KIND[:N[:BY]] greedy, sample, beam:4, vote:8, best:8, tree:16:rollouts
+/paths KIND[:N[:BY]] greedy, sample, beam:4, vote:8, tree:16:rollouts; with --judge: best:8
 /route WAY           auto, fast, think, tool, none
 /tools NAMES|none    that the model may call: calculator, python
 /temperature T       0 is greedy
@@ -174,7 +174,9 @@ def talk(checkpoint: Path, compute: Compute, settings: Settings, judges: Sequenc
     way = way_of("sample", judges)
     found = judges_of({} if way is None else way.judges, None, device)
     writer = LocalWriter(engine, eos_ids=tokenizer.eos_ids, judges=found)
-    served = Served("chat", writer, tokenizer, template, room, token_bytes=token_bytes(model.config))
+    served = Served(
+        names_of([checkpoint])[0], writer, tokenizer, template, room, token_bytes=token_bytes(model.config)
+    )
     terminal = Terminal(house_of(served), writer, settings)
     if (wrong := terminal.wrong()) is not None:
         raise UserError(wrong)
@@ -183,7 +185,8 @@ def talk(checkpoint: Path, compute: Compute, settings: Settings, judges: Sequenc
 
 def house_of(served: Served) -> House:
     """The one model, which may write as many answers at once as it has slots."""
-    return House([served], Limits(answers=SLOTS), router=Router.load())
+    given = "; start with --judge DIR to give one"
+    return House([served], Limits(answers=SLOTS), router=Router.load(), judges_by=given)
 
 
 @dataclass(slots=True)
@@ -196,11 +199,14 @@ class Terminal:
 
     def run(self) -> None:
         interrupted = False
+        # another program gets the answers alone
+        prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
         while True:
             try:
-                line = input("> ").strip()
+                line = input(prompt).strip()
             except EOFError:
-                print()
+                if prompt:
+                    print()
                 return
             except KeyboardInterrupt:
                 print()

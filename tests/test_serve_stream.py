@@ -184,6 +184,29 @@ def test_a_path_is_split_as_its_stream_was(parts: list[str], prefilled: str, see
     assert "".join(said.split()) == "".join(texts["content"].split())
 
 
+@given(
+    st.lists(st.sampled_from([*"<thinkab/> \n留🙂", "</th"]), max_size=14),
+    st.sampled_from(["</think>", "</think> 4", " </think>\n4", "\n</think>\n\n4"]),
+    st.sampled_from([BYTES, WORDS]),
+)
+def test_the_tokens_of_a_thought_end_where_its_tag_begins(
+    parts: list[str], rest: str, tokenizer: TextTokenizer
+) -> None:
+    """Also for who stops the stream before there is a path; none of them is the tag's."""
+    ids = tuple(tokenizer.encode("".join(parts) + rest))
+    template = Template(tokenizer, "{{ messages[-1].content }} <think>")
+    ask = Ask(question="", template=template, prompt_ids=(1,), max_tokens=99, seed=0)
+    path = path_of(ask, Draft(ids, (0.0,) * len(ids), (False,) * len(ids)))
+    speech = Speech(tokenizer, "<think>", curious=True)
+    for piece in pieces(list(ids), None):
+        speech.hear(piece)
+    assert speech.thought_tokens == path.thought_tokens
+    before, tag, _ = tokenizer.decode(ids).partition("</think>")
+    assert tag
+    assert len(tokenizer.decode(ids[: path.thought_tokens])) <= len(before)
+    assert tokenizer.decode(ids[path.thought_tokens :]).lstrip().startswith("</think>")
+
+
 def test_what_was_never_opened_is_not_closed() -> None:
     """A template that leaves it to the model to open its thought, and a model that did not."""
     template = Template(BYTES, "{{ messages[-1].content }} ")

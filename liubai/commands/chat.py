@@ -20,7 +20,8 @@ def chat(
     paths: Annotated[
         str,
         typer.Option(
-            metavar="KIND[:N[:BY]]", help="greedy, sample, beam:4, vote:8, best:8, tree:16:rollouts."
+            metavar="KIND[:N[:BY]]",
+            help="greedy, sample, beam:4, vote:8, tree:16:rollouts; with --judge: best:8.",
         ),
     ] = "sample",
     judge: Annotated[

@@ -73,6 +73,12 @@ def compute_of(device: str) -> Compute:
         raise UserError(f"--device '{device}': auto, cpu, cuda or cuda:N") from None
 
 
+def _number(stage: str) -> int:
+    """16 of 16-r1."""
+    number = stage.partition("-")[0]
+    return int(number) if number.isascii() and number.isdecimal() else 0
+
+
 def checkpoint_folder(path: Path) -> Path:
     """Raises ``UserError`` before anything heavy is imported."""
     from liubai.model.hub import find_folder
@@ -80,6 +86,9 @@ def checkpoint_folder(path: Path) -> Path:
     folder = find_folder(path)
     if (folder / "config.json").is_file():
         return folder
-    inside = sorted(path.parent for path in folder.glob("**/checkpoint/config.json"))
-    hint = f"; did you mean '{inside[-1]}'?" if inside else ""
+    # of a stage, or of the last stage of a run: what else may lie below is nothing to guess at
+    pattern = "*/checkpoint/config.json" if (folder / "recipe.toml").is_file() else "checkpoint/config.json"
+    inside = [path.parent for path in folder.glob(pattern)]
+    last = max(inside, key=lambda path: _number(path.parent.name), default=None)
+    hint = f"; did you mean '{last}'?" if last is not None else ""
     raise UserError(f"'{folder}' is not a checkpoint: it has no config.json{hint}")

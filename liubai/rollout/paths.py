@@ -29,6 +29,7 @@ from liubai.rollout.thinking import Ask, Draft, Path, Spent, one, path_of, toget
 from liubai.rollout.tree import TreeSearch, TreeSettings, Value
 from liubai.rollout.writer import Judge, Piece, Writer
 from liubai.seeds import derive
+from liubai.text.tokenizer import END_THINK
 
 Kind = Literal["greedy", "sample", "beam", "vote", "best", "tree"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -232,9 +233,11 @@ async def best(
     judge = judge_of(writer, config.judge)
     paths = await draw(writer, ask, config.number, heard, spent)
     scores = await writer.judge(judge, [(ask.question, path.response) for path in paths])
-    for path in paths:  # a reward model does not read the thought
-        skipped = path.thought_tokens if judge == "preference" else 0
-        spent.judged += len(ask.prompt_ids) + path.tokens - skipped
+    tag = len(ask.template.tokenizer.encode(END_THINK))
+    for path in paths:
+        spent.judged += len(ask.prompt_ids) + path.tokens
+        if judge == "preference" and path.thought_tokens:  # a reward model reads the answer alone
+            spent.judged -= min(path.thought_tokens + tag, path.tokens)
     paths = [replace(path, score=score) for path, score in zip(paths, scores, strict=True)]
     return paths, _most(paths, lambda p: (p.ended, p.answer is not None, p.score, p.logprob))
 

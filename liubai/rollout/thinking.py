@@ -378,7 +378,7 @@ async def _answered(ask: Ask, draft: Draft, call: str, heard: Heard | None) -> D
 
 
 def _thought_tokens(template: Template, ids: tuple[int, ...], response: str) -> int:
-    """How many tokens the thought has, tags included."""
+    """How many tokens the thought has, up to its closing tag; one that reaches into the tag is counted."""
     head, closed, _ = response.partition(END_THINK)
     if not closed or not is_open(template, head):
         return len(ids) if is_open(template, response) else 0
@@ -389,7 +389,9 @@ def _thought_tokens(template: Template, ids: tuple[int, ...], response: str) -> 
             high = middle
         else:
             low = middle + 1
-    return low
+    length = _length_of(template.tokenizer, head, ids[: low - 1], 0)
+    rest = head.removeprefix(template.tokenizer.decode(ids[:length]))
+    return length + bool(rest.strip())
 
 
 def _tell(heard: Heard | None, ids: tuple[int, ...], alternatives: int) -> None:

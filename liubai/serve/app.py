@@ -269,9 +269,10 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> Response:
+        allowed = (error.headers or {}).get("Allow", "another method")
         code, text = {
             404: ("not_found", "there is nothing of this name"),
-            405: ("method_not_allowed", "this path is not for this method"),
+            405: ("method_not_allowed", f"this path is for {allowed} only"),
         }.get(error.status_code, (None, "the request cannot be answered"))
         return _json(
             Refused(error.status_code, text, code=code).body(), error.status_code, dict(error.headers or {})

@@ -113,11 +113,20 @@ async def prepared(house: House, request: ChatRequest, decision: Decision | None
     thinks = thinks and not before
     template = served.thinking if thinks else served.plain
     if tools and not template.takes_tools:
-        raise bad(f"the chat template of '{served.name}' shows no tools to it", "tools", "tools_unsupported")
+        raise bad(
+            f"the chat template of '{served.name}' shows no tools to it; leave 'tools' out, or ask a model "
+            "whose template has them",
+            "tools",
+            "tools_unsupported",
+        )
     functions = tuple(tool["function"]["name"] for tool in tools)
     built = tuple(request.use_tools or ())
     if built and not served.calls:
-        raise bad(f"'{served.name}' cannot write tool calls", "use_tools", "tools_unsupported")
+        raise bad(
+            f"'{served.name}' cannot write tool calls: its tokenizer lacks their signs; leave the tools out",
+            "use_tools",
+            "tools_unsupported",
+        )
     shown = [*tools, *described(built)] if template.takes_tools else []
     behind = (() if thinks else (served.closing,)) + (before,)
     prompt_ids = await _encoded(template, for_template(request.messages), shown, behind)
@@ -125,7 +134,7 @@ async def prepared(house: House, request: ChatRequest, decision: Decision | None
         (text_of_message(m) for m in reversed(request.messages) if m.role == "user"),
         text_of_message(request.messages[-1]),
     )
-    config = settled(request.way_of_paths(), served.writer.judges(), question)
+    config = _judged(house, served, request.way_of_paths(), question)
     seed = secrets.randbits(62) if request.seed is None else request.seed
     max_tokens = most(served, limits.max_tokens, len(prompt_ids), request)
     alternatives = (request.top_logprobs or 0) if request.logprobs else 0
@@ -165,6 +174,19 @@ async def prepared(house: House, request: ChatRequest, decision: Decision | None
     return job
 
 
+def _judged(house: House, served: Served, paths: PathsConfig, question: str) -> PathsConfig:
+    """``paths``, and that who judges them is there."""
+    try:
+        config = settled(paths, served.writer.judges(), question)
+        if config.kind == "best":
+            judge_of(served.writer, config.judge)
+    except UserError as error:
+        raise bad(f"{error}{house.judges_by if not served.writer.judges() else ''}", "paths") from None
+    if config.kind == "tree" and config.judge not in (None, *served.writer.judges()):
+        raise bad(f"'{served.name}' has no process model{house.judges_by}", "paths.judge")
+    return config
+
+
 def way_of(decision: Decision | None) -> dict[str, str] | None:
     """For a client, where a way was asked for."""
     return None if decision is None else {"way": decision.way, "why": decision.why}
@@ -186,10 +208,6 @@ def _check(job: Job, answers: int) -> None:
     ask, config = job.ask, job.config
     if job.several and job.choices > 1:
         raise bad("'paths' has several paths of its own; leave 'n' out, and say 'n' inside 'paths'", "n")
-    if config.kind == "best":
-        judge_of(job.served.writer, config.judge)
-    if config.kind == "tree" and config.judge not in (None, *job.served.writer.judges()):
-        raise bad(f"'{job.served.name}' is served without a process model", "paths.judge")
     if config.kind == "beam" and (ask.budget is not None or ask.at_least or job.built):
         raise bad("a beam search has no thinking budget, no least thought and no tools", "paths")
     if (need := len(ask.prompt_ids) + ask.max_tokens) > _longest(job.served, config):
@@ -250,9 +268,12 @@ def most(served: Served, limit: int | None, prompt: int, request: ChatRequest | 
     """The most tokens of one answer: what was asked for, as far as there is room."""
     room = served.max_length - prompt
     if room < 1:
+        chat = isinstance(request, ChatRequest)
+        earlier = isinstance(request, ChatRequest) and len(request.messages) > 1
+        remedy = ", or leave earlier messages out" if earlier else ""
         raise bad(
-            f"the question has {prompt} tokens, the model takes {served.max_length}",
-            "messages" if isinstance(request, ChatRequest) else "prompt",
+            f"the question has {prompt} tokens, the model takes {served.max_length}; shorten it{remedy}",
+            "messages" if chat else "prompt",
             "context_length_exceeded",
         )
     asked, name = request.max_tokens, "max_tokens"

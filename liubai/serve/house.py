@@ -82,7 +82,8 @@ class Served:
 
 class House:
     """All models; the first is the one that answers when none is named. ``fast`` and ``think`` are the names
-    of the models to which a router's ways lead (default: the one that was asked)."""
+    of the models to which a router's ways lead (default: the one that was asked). ``judges_by`` ends the
+    sentence that a model is missing which judges paths: how it is given."""
 
     def __init__(
         self,
@@ -92,9 +93,11 @@ class House:
         router: Router | None = None,
         fast: str | None = None,
         think: str | None = None,
+        judges_by: str = "; the server is given one at its start: --reward-model DIR, --process-model DIR",
     ) -> None:
         self.models = {served.name: served for served in models}
         self.limits, self.router = limits or Limits(), router
+        self.judges_by = judges_by
         ways: dict[str, str | None] = {"fast": fast, "think": think}
         self.ways = {way: name for way, name in ways.items() if name is not None}
         for way, name in self.ways.items():

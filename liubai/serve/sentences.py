@@ -28,6 +28,27 @@ WHY = {
     "suffix": "this server cannot fill in the middle; leave 'suffix' out",
 }
 
+#: What pydantic says of a value, in words for whoever sends it. Fields are those of its ``ctx``.
+WORDS = {
+    "too_short": "must not be empty",  # no field asks for more than one
+    "too_long": "must have {max_length} entries at most",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have {max_length} characters at most",
+    "string_type": "must be a text",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "literal_error": "must be {expected}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than_equal": "must be {le} or less",
+    "less_than": "must be less than {lt}",
+}
+
 
 def sentence(kind: type[BaseModel], value: dict[str, Any], error: ValidationError) -> Refused:
     """The first thing that is wrong with ``value``, which is no ``kind``, and its place."""
@@ -51,8 +72,17 @@ def sentence(kind: type[BaseModel], value: dict[str, Any], error: ValidationErro
         return bad(f"'{param}' is missing", param, "missing_required_parameter")
     if one["type"] == "union_tag_invalid":  # pydantic's sentence quotes the request
         return bad(f"'{param}.role' must be {one['ctx']['expected_tags']}", f"{param}.role", "invalid_value")
+    if one["type"] in WORDS:
+        bounds = {name: _plain(bound) for name, bound in one.get("ctx", {}).items()}
+        said = WORDS[one["type"]].format(**bounds)
+        return bad(f"'{param}' {said}", param, "invalid_value")
     message = str(one["msg"]).removeprefix("Value error, ")
     return bad(f"'{param}': {message[:1].lower()}{message[1:]}", param, "invalid_value")
+
+
+def _plain(bound: Any) -> Any:
+    """2 for 2.0."""
+    return int(bound) if isinstance(bound, float) and bound.is_integer() else bound
 
 
 def _place(value: Any, location: tuple[int | str, ...], missing: bool) -> tuple[int | str, ...]:

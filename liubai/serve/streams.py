@@ -117,12 +117,14 @@ class Speech:
         behind: Sequence[int] = (),
     ) -> None:
         self.decoder, self._ends = Decoder(tokenizer, behind), frozenset(tokenizer.eos_ids)
-        self.bare, self.curious, self.one_call = prefilled is None, curious, one_call
+        self.bare, self.one_call = prefilled is None, one_call
         self.single = curious or bool(stops) or one_call
         self.stopped = False  #: by a stop text, or by the one call
         self.ended = False  #: the last that was heard is an end token
         self.tokens = 0  #: heard, up to the stop
-        self.thought_tokens = 0  #: of these, in the thought and its tags
+        #: of these, in the thought, up to its closing tag; counted where tokens are looked at one by one, as
+        #: they are when the stream may end before its path does
+        self.thought_tokens = 0
         self.calls: list[Call] = []
         self._understand, self._silent = understand, silent
         self._state: State = "content"
@@ -149,7 +151,7 @@ class Speech:
         """What is certain by now. After a stop there is nothing more."""
         self.ended = bool(piece.ids) and piece.ids[-1] in self._ends
         if not self.single:
-            self._count(len(piece.ids))
+            self.tokens += len(piece.ids)
             self._pending += self.decoder.push([i for i in piece.ids if i not in self._ends])
             self._drain()
             return self._take()
@@ -157,13 +159,12 @@ class Speech:
         for token, logprob, others in zip(piece.ids, piece.logprobs, likely, strict=True):
             if self.stopped:
                 break
-            self._count(1)
+            self.tokens += 1
             if token in self._ends:
                 continue
             text = self.decoder.push((token,))
             self._pending += text
-            if self.curious:
-                self._places.append(_Place(len(text), Token(token, logprob, others, text)))
+            self._places.append(_Place(len(text), Token(token, logprob, others, text)))
             self._drain()
         return self._take()
 
@@ -173,7 +174,7 @@ class Speech:
             return []
         rest = self.decoder.end()
         self._pending += rest
-        if self.curious and rest:
+        if self.single and rest:
             self._places.append(_Place(len(rest), None))
         self._drain()
         if self.stopped:
@@ -185,10 +186,6 @@ class Speech:
             self._say(self._state, text, self._cut(len(text)))
         self._pending = ""
         return self._take()
-
-    def _count(self, tokens: int) -> None:
-        self.tokens += tokens
-        self.thought_tokens += tokens if self._state == "reasoning" else 0
 
     def _take(self) -> list[Said | Call]:
         out, self._out = self._out, []
@@ -211,7 +208,8 @@ class Speech:
             text = self._pending[:at] if self.bare or state == "call" else self._pending[:at].rstrip()
             self._pass(state, text)
             gap = self._pending[: at - len(text)]
-            self._drop(len(gap) + len(mark))
+            self._drop(len(gap))
+            self._drop(len(mark), of_thought=False)
             self._gap, self._cut_out = self._gap or gap, True
             self._meet(mark)
 
@@ -259,6 +257,8 @@ class Speech:
     def _say(self, kind: Kind, text: str, tokens: tuple[Token, ...]) -> None:
         if not text:
             return
+        if kind == "reasoning":
+            self.thought_tokens += len(tokens)
         if not self._begun[kind]:
             self._begun[kind] = True
         elif self._cut_out and not self.bare:
@@ -285,8 +285,9 @@ class Speech:
                 self._places.popleft()
         return tuple(taken)
 
-    def _drop(self, length: int) -> None:
-        """The same without its tokens; one that reaches beyond it is kept."""
+    def _drop(self, length: int, of_thought: bool = True) -> None:
+        """The same without its tokens, which are ``of_thought`` in a thought; one that reaches beyond it is
+        kept."""
         self._pending = self._pending[length:]
         parts: list[_Place] = []  # of the character that comes next
         while self._places and length > 0:
@@ -298,3 +299,5 @@ class Speech:
             length -= place.length
             parts = [] if place.length else [*parts, place]
             self._places.popleft()
+            if of_thought and self._state == "reasoning":
+                self.thought_tokens += place.token is not None
