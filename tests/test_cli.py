@@ -418,7 +418,7 @@ def test_chat_streams_and_leaves_cleanly(
     assert result.err == "the question has 42 tokens, the model takes 32; shorten it\n"
     assert ">" not in result.out.replace("<|unknown|>", "").replace("</answer>", "")  # no prompt
     assert result.out.endswith("\n")
-    assert len(result.out.split()) > 5
+    assert len(result.out.split()) > 2
 
 
 @pytest.mark.parametrize(

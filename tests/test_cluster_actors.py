@@ -9,6 +9,7 @@ import threading
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from liubai.cluster.graders import LOSSES, GraderLost, RayGrader, RemoteGraders
 from liubai.errors import UserError
 from liubai.grade import GradeItem, Verdict, grade
 from liubai.rollout.engine import Partial, Request, generate
-from liubai.rollout.engines import EngineConfig
+from liubai.rollout.engines import EngineConfig, engine_for
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.types import Sample, Span
 
@@ -340,6 +341,38 @@ def test_of_an_actors_weights_nothing_is_left(tmp_path: Path, monkeypatch: pytes
     assert {folder.parent for folder in folders[:4]} == {tmp_path}
     assert {shared for _, shared in made} == {""}  # each has its own
     assert [folder.exists() for folder in folders] == [False, False, True, True, True]
+
+
+def test_two_runs_of_the_same_path_share_no_actors_weights(tmp_path: Path) -> None:
+    """On two machines, say, that see one folder for weights or use one cluster."""
+    got: list[Path] = []
+
+    def engine_of(config: EngineConfig, model: Any, *, folder: Path, **_: Any) -> SimpleNamespace:
+        got.append(folder)
+        return SimpleNamespace(close=lambda: None)
+
+    def begun(machine: str, stack: ExitStack) -> None:
+        engine_for(
+            EngineConfig(kind="vllm", folder=str(tmp_path / "shared")),
+            MODEL,
+            parent=tmp_path,
+            eos_ids=(1,),
+            slots=4,
+            max_length=64,
+            folder=tmp_path / machine / "run" / "2-zero" / "weights",
+            stack=stack,
+            cluster=SimpleNamespace(engine_for=engine_of),  # type: ignore[arg-type]
+        )
+
+    with ExitStack() as ended:
+        begun("one", ExitStack())  # and is killed
+        begun("one", ended)
+        begun("other", ended)
+    assert got[0] == got[1] != got[2]  # who goes on finds what was left
+    assert {folder.parent for folder in got} == {tmp_path / "shared"}
+    with ExitStack() as later:
+        begun("one", later)
+    assert got[3] not in got[:3]
 
 
 # ---- graders ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from liubai.rollout.engine import Request
 from liubai.rollout.torch_engine import TorchEngine
 
 
-def updated(config: UpdateConfig) -> tuple[Transformer, dict[str, float]]:
+def updated(
+    config: UpdateConfig, reference: Transformer | None = None
+) -> tuple[Transformer, dict[str, float]]:
     model = tiny_model(0)
     # eps above the float noise of the gradients: a weight without one may not be thrown by ±lr
     optimizer = Optimizer(model, lr=3e-3, eps=1e-4)
-    return model, update(model, optimizer, some_groups(), config, version=9, pad_id=EOS)
+    return model, update(model, optimizer, some_groups(), config, version=9, pad_id=EOS, reference=reference)
 
 
 def only_up_to(tokens: int, error: Callable[[], RuntimeError]) -> Callable[..., Any]:
@@ -72,6 +75,24 @@ def test_out_of_memory_halves_micro_batches_and_changes_nothing(
     assert metrics == pytest.approx(plain, rel=1e-4, abs=1e-6)
     for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_what_a_kl_in_the_reward_has_halved_is_learned_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference is read first, and of all answers, also where none of them teaches."""
+    config = settings_of(loss={"kl": 0.1, "kl_estimator": "k1", "kl_in": "reward"}, tokens_per_microbatch=400)
+    wanted, plain = updated(config, reference=tiny_model(2))
+    monkeypatch.setattr(liubai.learn.update, "batch_logprobs", only_up_to(130, cpu_error))
+    found, metrics = updated(config, reference=tiny_model(2))
+    assert metrics.pop("halvings") == 2
+    assert metrics == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    groups = [replace(g, rewards=(g.rewards[0],) * len(g.rewards)) for g in some_groups()]
+    model = tiny_model(0)
+    idle = update(
+        model, Optimizer(model, lr=1e-2), groups, config, version=9, pad_id=EOS, reference=tiny_model(2)
+    )
+    assert (idle["zero_variance"], idle["halvings"]) == (1.0, 2)
 
 
 def test_a_row_that_does_not_fit_is_said_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,8 @@ def test_the_kl_of_an_answer_is_the_sum_over_its_own_tokens() -> None:
     reference = tiny_model(2)
     config = settings_of(loss={"kl": 1.0, "kl_estimator": "k1", "kl_in": "reward"}, tokens_per_microbatch=60)
     groups = some_groups()
-    got = reference_kl(Replicas(reference), groups, config, EOS)
+    got, halvings = reference_kl(Replicas(reference), groups, config, EOS)
+    assert halvings == 0
     for g, row in zip(groups, got, strict=True):
         for s, kl in zip(g.samples, row, strict=True):
             wanted = torch.tensor(s.logprobs).sum() - read(reference, s, 1.0)[0].sum()

@@ -6,7 +6,6 @@ Messages between our own processes are Ray's, which are pickled; nothing is read
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import re
 import shutil
@@ -51,8 +50,9 @@ Packed = dict[str, tuple[str, tuple[int, ...], Any]]
 class EngineBuild:
     """A :data:`Build` of an engine as a stage wants it (:mod:`liubai.rollout.engines`); the weights come by
     ``load``. ``device`` is the actor's. For another engine than ours, ``parent`` must be there on every node,
-    and weights are put into a folder that is named by ``folder``, the stage's own, and the place: what an
-    actor of the same place could not clear up is found by the next one on that node."""
+    and weights are put into a folder that has the name of ``folder``, which no other run has
+    (:func:`liubai.rollout.transport.own_folder`), and the place: what an actor of the same place could not
+    clear up is found by the next one on that node."""
 
     config: EngineConfig
     model: ModelConfig
@@ -93,8 +93,7 @@ class EngineBuild:
 
     def weights(self, place: int) -> Path:
         """No two actors share it, also where ``config.folder`` is one that all nodes see."""
-        stage = hashlib.sha256(str(self.folder.absolute()).encode()).hexdigest()[:16]
-        return Path(self.config.folder or tempfile.gettempdir()) / f"liubai-weights-{stage}-{place}"
+        return Path(self.config.folder or tempfile.gettempdir()) / f"{self.folder.name}-{place}"
 
 
 def packed(weights: Mapping[str, Tensor]) -> Packed:

@@ -72,7 +72,7 @@ class Cluster:
         max_staleness: int | None = None,
     ) -> RemoteEngine:
         """Actors that have what :func:`liubai.rollout.engines.engine_for` would make here; on GPUs if the
-        trainer's ``model`` is. ``folder`` is the stage's own."""
+        trainer's ``model`` is. ``folder`` has a name of its own."""
         from liubai.cluster.actors import EngineBuild
 
         weight = model.head_weight

@@ -82,9 +82,11 @@ def update(
     kept_P = teaches(_filled(rewards_PG), config.advantage)
     metrics: dict[str, float] = {}
     if readers and config.loss.kl_in == "reward":
-        kl_PG = reference_kl(readers, groups, config, pad_id)
+        kl_PG, halvings = reference_kl(readers, groups, config, pad_id)
         rewards_PG -= config.loss.kl * kl_PG
         metrics["reward/kl"] = -config.loss.kl * float(kl_PG.mean())
+        if halvings:
+            metrics["halvings"] = halvings
     metrics["zero_variance"] = 1 - float(kept_P.double().mean())
     kept = [g for g, keep in zip(groups, kept_P.tolist(), strict=True) if keep]
     if not kept:
@@ -101,9 +103,12 @@ def update(
         ]
         for g, row in zip(kept, advantages_PG.tolist(), strict=True)
     ]
-    return metrics | improve(
+    learned = improve(
         model, optimizer, judged, config, version=version, pad_id=pad_id, lr_scale=lr_scale, readers=readers
     )
+    if "halvings" in metrics:
+        learned["halvings"] = max(metrics["halvings"], learned.get("halvings", 0))
+    return metrics | learned
 
 
 def improve(
@@ -331,9 +336,12 @@ def _choose(minibatches: list[list[Lot]], share: float) -> list[list[Lot]]:
     return [[Lot(lot.prompt, [marked(b) for b in lot.batches]) for lot in lots_] for lots_ in minibatches]
 
 
-def reference_kl(readers: Replicas, groups: Sequence[Group], config: UpdateConfig, pad_id: int) -> Tensor:
+def reference_kl(
+    readers: Replicas, groups: Sequence[Group], config: UpdateConfig, pad_id: int
+) -> tuple[Tensor, int]:
     """Each answer's KL to the reference, ``[P, G]`` float64 in nats: the sum of the estimator over its
-    tokens, from the log-probabilities at which it was sampled. For ``kl_in = "reward"``."""
+    tokens, from the log-probabilities at which it was sampled. For ``kl_in = "reward"``. And the halvings of
+    micro-batches, as :func:`update` counts them."""
     samples = [s for g in groups for s in g.samples]
     listed = []
     for number, s in enumerate(samples):
@@ -345,11 +353,13 @@ def reference_kl(readers: Replicas, groups: Sequence[Group], config: UpdateConfi
         listed.append(Sequence1(s.prompt_ids + s.completion_ids, [False] * len(blank) + [True] * n, values))
     kl_N = torch.zeros(len(samples), dtype=torch.float64)
     listed_lots = lots(listed, config, pad_id)
-    for lot in map_within_memory(readers, partial(_add_logprobs, "reference", config), listed_lots)[0]:
+    known, halved = map_within_memory(readers, partial(_add_logprobs, "reference", config), listed_lots)
+    for lot in known:
         for b in lot.batches:
             kl_BT = KL[config.loss.kl_estimator](b.values["logprobs"], b.values["reference"])
             kl_N.index_add_(0, b.values["sample"][b.mask_BT].long(), kl_BT[b.mask_BT].double())
-    return kl_N.view(len(groups), -1)
+    share = ranks.halvings(_tokens(listed), config.tokens_per_microbatch)
+    return kl_N.view(len(groups), -1), share + halved if halved else 0
 
 
 def _disagreement(seen: dict[str, float], config: UpdateConfig) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import socket
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -147,6 +148,8 @@ def engine_for(
     put into ``folder``, unless the config says where; ``stack`` lets go of it. With a ``cluster``, engines of
     this kind are its actors'. Raises ``UserError`` for what is not there or does not fit."""
     if cluster and config.kind != "server":
+        if config.kind != "torch":  # a name of their own, wherever on its node each actor puts it
+            folder = own_folder(Path(config.folder or tempfile.gettempdir()).absolute(), folder, stack)
         remote = cluster.engine_for(
             config,
             model,
