@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from liubai.measure.hallucination import Document, Summary, wilson
 from liubai.report.bridge_draw import Spread, Spreads
 from liubai.report.hallucination import section
 from liubai.report.read import read_run
+from liubai.report.section import Section
 from liubai.stages import hallucination as stage
 from liubai.stages.context import Context
 
@@ -176,16 +178,21 @@ def test_what_was_asked_is_a_part_of_the_digest() -> None:
     assert len(digests) == 3
 
 
+def looked_at(run: Path, models: Iterable[str]) -> Section | None:
+    """The report's part on a run that has looked at each of ``models`` with 20 summaries."""
+    recipe = 'name = "r"\n'
+    for place, name in enumerate(models, 1):
+        context = Context(run / f"{place}-look-{name}", 0, {name: made(run, name)}, Silent())
+        stage.run(stage.Config(limit=20, label=f"<{name}>"), context)
+        recipe += f'[stages.look-{name}]\nkind = "hallucination"\n'
+    (run / "recipe.toml").write_text(recipe)
+    return section(read_run(run))
+
+
 @pytest.mark.usefixtures("quiet")
 def test_the_report_shows_what_was_found(tmp_path: Path, scripted: dict[str, float]) -> None:
     scripted |= {"base": 0.5, "zero": 0.25}
-    recipe = 'name = "r"\n'
-    for place, name in enumerate(scripted, 1):
-        context = Context(tmp_path / f"{place}-look-{name}", 0, {name: made(tmp_path, name)}, Silent())
-        stage.run(stage.Config(limit=20, label=f"<{name}>"), context)
-        recipe += f'[stages.look-{name}]\nkind = "hallucination"\n'
-    (tmp_path / "recipe.toml").write_text(recipe)
-    part = section(read_run(tmp_path))
+    part = looked_at(tmp_path, scripted)
     assert part is not None
     assert (
         part.finding
@@ -208,13 +215,7 @@ def test_the_report_shows_what_was_found(tmp_path: Path, scripted: dict[str, flo
 def test_the_bars_are_the_interval_itself(tmp_path: Path, scripted: dict[str, float]) -> None:
     """Of 0 of n it is all above the rate, and half of its length on either side would be another one."""
     scripted |= {"base": 0.5, "zero": 0.0}
-    recipe = 'name = "r"\n'
-    for place, name in enumerate(scripted, 1):
-        context = Context(tmp_path / f"{place}-look-{name}", 0, {name: made(tmp_path, name)}, Silent())
-        stage.run(stage.Config(limit=20), context)
-        recipe += f'[stages.look-{name}]\nkind = "hallucination"\n'
-    (tmp_path / "recipe.toml").write_text(recipe)
-    part = section(read_run(tmp_path))
+    part = looked_at(tmp_path, scripted)
     assert part is not None
     svg = str(part.charts[0].svg)
     dots = [float(y) for y in re.findall(r'<circle[^>]* cy="([\d.]+)"', svg)]
