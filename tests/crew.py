@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from liubai.cluster.crew import Lost, Report, Written, written
+from liubai.cluster.engine import RemoteEngine
 from liubai.rollout.engine import Partial, Request
 from liubai.types import Sample, Span, Stop
 
@@ -145,3 +146,24 @@ def grown(spans: list[Span], more: Span) -> list[Span]:
     if spans and spans[-1].version == more.version:
         return [*spans[:-1], Span(more.version, spans[-1].count + more.count)]
     return [*spans, more]
+
+
+def requests_of(groups: int, samples: int, first: int = 0, max_tokens: int = 12) -> list[Request]:
+    return [
+        Request(id=g * samples + j, prompt_ids=(5, g, 7), max_tokens=max_tokens, seed=1000 * g + j)
+        for g in range(first, first + groups)
+        for j in range(samples)
+    ]
+
+
+def engine_of(crew: ScriptedCrew, **settings: object) -> RemoteEngine:
+    plain: dict[str, object] = {"slots": 8, "max_length": 32}
+    return RemoteEngine(crew, **(plain | settings))  # type: ignore[arg-type]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now

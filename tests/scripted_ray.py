@@ -89,6 +89,11 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> ScriptedRay:
     return ray
 
 
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> ScriptedRay:
+    return installed(monkeypatch)
+
+
 class Anywhere:
     """In the place of :class:`liubai.cluster.placement.Places`."""
 

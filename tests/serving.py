@@ -15,6 +15,7 @@ from typing import Any
 
 from liubai.rollout.engine import Request
 from liubai.rollout.writer import Beams, Heard, Judge, Piece
+from liubai.serve import shapes
 from liubai.serve.app import create_app
 from liubai.serve.house import House, Served
 from liubai.serve.limits import Gate, Limits
@@ -49,6 +50,13 @@ TEXTS = [
     '{"name": "weather", "arguments": {"city": "Paris"}}',
     "so we wait and think again",
 ]
+
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+CHAT = "/v1/chat/completions"
+ANSWER = "hm</think>hello"
+THOUGHT = "Let me think.</think>\n\nIt is 42."
+ASKED: list[Any] = [{"role": "user", "content": "3 7 8 ->13"}]
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def tokenizer() -> TextTokenizer:
@@ -226,6 +234,15 @@ def chat(app: Any, content: str = "hello", **fields: Any) -> Answer:
     )
 
 
+def ask(writer: ScriptedWriter, **fields: Any) -> dict[str, Any]:
+    """A whole answer, of the shape described."""
+    answer = chat(create_app(house_of(writer)), **fields)
+    assert answer.status == 200, answer.body
+    found: dict[str, Any] = answer.json()
+    shapes.ChatCompletion.model_validate(found)
+    return found
+
+
 @dataclass
 class Running:
     url: str
@@ -303,6 +320,17 @@ def http(path: str, body: Any, **headers: str) -> bytes:
     }
     head = "".join(f"{name}: {text}\r\n" for name, text in named.items())
     return f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + data
+
+
+def events_of(link: socket.socket) -> list[str]:
+    """The events of a stream, until the server ends it."""
+    link.settimeout(10)
+    data = b""
+    while part := link.recv(1 << 16):
+        data += part
+        if data.endswith(b"0\r\n\r\n"):
+            break
+    return re.findall(r"data: (.*)\n", data.decode())
 
 
 async def collected(events: AsyncIterator[Any]) -> list[Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_jobs import REPOSITORY, environment, free_port, start
+from rank_processes import REPOSITORY, environment, free_port, start
 from safetensors.torch import load_file
 from test_smoke import lines, without_times
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from rank_jobs import REPOSITORY, start
+from rank_processes import REPOSITORY, start
 from scripted_vllm import Script, serving
 from test_ranks import cli, waited
 from test_smoke import without_times

@@ -5,28 +5,22 @@ same folder, and vLLM's own protocol for trainers.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import tiny_model
+from connected import LORA, Connected, adapted, ask, assert_written_by, checkpoint, retrain, run_out
+from connected import stack as stack  # a fixture
 from scripted_vllm import Script, serving
-from test_server_engine import LORA, Connected, adapted, ask, assert_written_by, checkpoint, retrain, run_out
 from torch import Tensor
 
 from liubai.errors import UserError
 from liubai.rollout.engine import generate
 from liubai.rollout.server_engine import Server, ServerEngine
 from liubai.rollout.transport import PLACE, Receiver, plain
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
 
 # ---- adapters ----
 

@@ -1,0 +1,158 @@
+"""What planning suggests: it fits, nothing else is faster, and the bottleneck is said in words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planning import SEVEN, job_of
+from planning import seven as seven  # a fixture
+
+from liubai.errors import UserError
+from liubai.plan import memory
+from liubai.plan.advice import Layout, Planner, bottleneck, training_memory
+from liubai.plan.hardware import DEVICES
+
+
+def planner(
+    seven: Path, tmp_path: Path, gpus: int, gpu: str = "h100", *sets: str, staleness: float = 1
+) -> Planner:
+    return Planner(job_of(seven, tmp_path, 2500, *sets), DEVICES[gpu], gpus, staleness)
+
+
+def best(layouts: list[Layout]) -> Layout:
+    return max(layouts, key=lambda layout: layout.rate)
+
+
+@pytest.mark.parametrize("gpus", [16, 64, 256])
+@pytest.mark.parametrize("gpu", ["h100", "h200", "a100", "l40s"])
+def test_everything_that_is_suggested_fits(seven: Path, tmp_path: Path, gpus: int, gpu: str) -> None:
+    plan = planner(seven, tmp_path, gpus, gpu)
+    for one in plan.layouts():
+        assert one.fit >= 1
+        assert one.trainer.bytes <= plan.room
+        assert one.rollout.bytes <= plan.room
+        apart = one.way.startswith("apart")
+        if not apart:  # on the same GPU, and one copy of the weights serves both
+            writes = one.rollout.bytes - plan.model.bytes
+            assert sum(one.trainer.memory[name] for name in memory.KEPT) + writes <= plan.room
+        if one.way == "in turn, in flight":  # keys and values stay while it learns
+            assert one.trainer.bytes + one.rollout.memory["cache"] <= plan.room
+        assert (one.trainer.gpus + one.rollout.gpus if apart else one.trainer.gpus) <= gpus
+        assert one.rollout.gpus % one.parts == 0
+        assert one.rate == pytest.approx(plan.work.written / one.step)
+
+
+def test_the_suggested_split_is_the_best_there_is(seven: Path, tmp_path: Path) -> None:
+    plan = planner(seven, tmp_path, 16)
+    chosen = next(one for one in plan.layouts() if one.way == "apart, asynchronous")
+    others = [plan._apart("apart, asynchronous", n) for n in range(1, 16)]
+    assert chosen.rate == max(one.rate for one in others if one)
+    # balanced: neither side could spare a tenth of its machines' worth of time and more
+    assert 0.7 < chosen.writing.seconds / chosen.update_seconds < 1.4
+
+
+def test_more_gpus_are_never_slower(seven: Path, tmp_path: Path) -> None:
+    rates = [best(planner(seven, tmp_path, n).layouts()).rate for n in (4, 8, 16, 32, 64, 128)]
+    assert rates == sorted(rates)
+
+
+def test_writing_ahead_helps_until_the_trainer_is_what_counts(seven: Path, tmp_path: Path) -> None:
+    rates = [best(planner(seven, tmp_path, 64, staleness=k).layouts()).rate for k in (0, 1, 4)]
+    assert rates == sorted(rates)
+
+
+def test_nothing_is_written_ahead_where_no_answer_may_be_old(seven: Path, tmp_path: Path) -> None:
+    ways = {k: {one.way for one in planner(seven, tmp_path, 16, staleness=k).layouts()} for k in (0, 1)}
+    assert ways[0] == {"in turn", "apart, synchronous"}
+    assert ways[1] - ways[0] == {"in turn, in flight", "apart, asynchronous"}
+
+
+VLLM = ("zero.engine.kind=vllm", "zero.lora.rank=16")
+
+
+def test_a_trainer_makes_room_for_vllm(seven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = planner(seven, tmp_path, 1, "h100", *VLLM)
+    assert [one.way for one in found.layouts()] == ["in turn", "in turn, in flight"]
+    for one in found.layouts():
+        assert one.microbatch == 32_768  # of 65,536 that fit without it
+        assert one.trainer.bytes <= (0.9 - 0.4) * 80e9
+        assert one.rollout.bytes <= 0.4 * 80e9
+    # vLLM in this process is for one process
+    more = planner(seven, tmp_path, 4, "h100", *VLLM).layouts()
+    assert {one.way for one in more} == {"apart, synchronous", "apart, asynchronous"}
+
+
+SERVER = ("zero.engine.kind=server", "zero.engine.url=http://127.0.0.1:8000")
+
+
+def resized(folder: Path, **sizes: int) -> None:
+    (folder / "config.json").write_text(json.dumps(SEVEN | sizes), encoding="utf-8")
+
+
+def test_a_large_model_is_spread_over_the_gpus_of_a_server(tmp_path: Path, seven: Path) -> None:
+    resized(seven, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
+            num_key_value_heads=8, head_dim=128)  # fmt: skip
+    found = planner(seven, tmp_path, 64, "h200", *SERVER)
+    assert 32e9 < found.job.size.parameters < 33e9
+    assert all(one.way.startswith("apart") for one in found.layouts())
+    small = planner(seven, tmp_path, 64, "h100", *SERVER)
+    assert small.parts() == 2
+    resized(seven, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+            num_key_value_heads=8, head_dim=128)  # fmt: skip
+    larger = planner(seven, tmp_path, 64, "h200", *SERVER)
+    with pytest.raises(UserError, match="no number of them helps"):
+        larger.layouts()
+
+
+def test_one_that_is_too_large_is_refused(tmp_path: Path, seven: Path) -> None:
+    with pytest.raises(UserError, match=r"an update needs .* GB on each of 1 × h100.*optimizer_state.*lora"):
+        planner(seven, tmp_path, 1, "h100").layouts()
+
+
+def test_adapters_make_room(seven: Path, tmp_path: Path) -> None:
+    found = planner(seven, tmp_path, 1, "h100", "zero.lora.rank=16").layouts()
+    assert {one.way for one in found} == {"in turn", "in turn, in flight"}
+
+
+def test_a_model_comes_together_whole_or_by_layers_as_the_trainer_does_it(
+    seven: Path, tmp_path: Path
+) -> None:
+    job = job_of(seven, tmp_path)
+    size = job.size
+    assert memory.layered(size, "bfloat16", DEVICES["h100"])  # 46 GB of 80
+    assert not memory.layered(size, "bfloat16", DEVICES["h200"])  # of 141
+    h100, h200 = (training_memory(job, DEVICES[gpu], 16_384, 8) for gpu in ("h100", "h200"))
+    assert h100["gathered"] == 6 * (2 * size.layer + size.ends)
+    assert h200["gathered"] == 6 * size.parameters
+    # what writes answers is whole on every rank
+    assert h100["whole models"] == h200["whole models"] == 2 * size.parameters
+    assert training_memory(job, DEVICES["h100"], 16_384, 1)["whole models"] == 0
+
+
+def test_replicas_are_counted_where_the_trainer_has_them(seven: Path, tmp_path: Path) -> None:
+    resized(seven, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=256)  # fmt: skip
+    cpu = replace(DEVICES["h100"], name="cpu", dtype="float32", node=1)
+    job, narrow = (job_of(seven, tmp_path, None, f"zero.precision={p}") for p in ("float32", "bfloat16"))
+    assert training_memory(job, cpu, 2048, 1, threads=4)["replicas"] == 3 * 4 * job.size.parameters
+    assert training_memory(job, cpu, 2048, 2, threads=4)["replicas"] == 0
+    assert training_memory(narrow, cpu, 2048, 1, threads=4)["replicas"] == 0
+
+
+def test_the_bottleneck_is_said_in_words(seven: Path, tmp_path: Path) -> None:
+    plan = planner(seven, tmp_path, 64, "h100", *SERVER)
+    by_way = {
+        one.way: bottleneck(one, plan.work)
+        for one in [*plan.layouts(), *planner(seven, tmp_path, 64).layouts()[:2]]
+    }
+    assert "longest answer" in by_way["apart, synchronous"][0]
+    assert "ahead" in by_way["apart, synchronous"][1]
+    assert "cache for more answers" in by_way["in turn"][1]  # bands of powers of two hold few so long answers
+    assert by_way["apart, asynchronous"][0].startswith(("writing", "learning"))
+    slow = replace(DEVICES["h100"], network=1e8)
+    found = Planner(plan.job, slow, 64, 1)._apart("apart, asynchronous", 32)
+    assert found
+    assert bottleneck(found, plan.work)[0] == "learning (exchange)"
