@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import liubai
 from liubai.errors import UserError
 from liubai.serve.load import Busy, Unavailable
 
@@ -33,6 +34,9 @@ TYPES = {
     500: "server_error",
     503: "server_error",
 }
+
+#: The package: a place in a library says little.
+HERE = Path(liubai.__file__).parent
 
 WRONG = "the server had an error while it answered; the fault is not yours"
 
@@ -110,7 +114,7 @@ def note(error: BaseException) -> None:
 def named(error: BaseException) -> str:
     """The kind of an error and the place in our code: no message, which may hold anything."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "liubai" in frame.filename] or frames
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(HERE)] or frames
     last = ours[-1] if ours else None
     place = "an unknown place"
     if last is not None:
