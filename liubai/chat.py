@@ -41,6 +41,8 @@ PROMPT = 2048
 TRIAL = "3 7 8 ->13"
 #: Answers written at once: paths.
 SLOTS = 64
+#: Seconds between two looks at how far a search is.
+OFTEN_S = 0.1
 #: Signs that a terminal obeys instead of showing them, and what stands for each.
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
@@ -48,7 +50,7 @@ CONTROLS |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 HELP = """\
 /think on|off        DeepThink: think before the answer
 /budget N|none       the most tokens of a thought
-/atleast N           the fewest: think longer
+/atleast N|none      the fewest: think longer
 /paths KIND[:N[:BY]] greedy, sample, beam:4, vote:8, tree:16:rollouts; with --judge: best:8
 /route WAY           auto, fast, think, tool, none
 /tools NAMES|none    that the model may call: calculator, python
@@ -92,7 +94,7 @@ class Settings:
         elif command == "budget":
             self.budget = None if text == "none" else _natural(text)
         elif command == "atleast":
-            self.at_least = _natural(text)
+            self.at_least = 0 if text == "none" else _natural(text)
         elif command == "tokens":
             self.max_tokens = max(1, _natural(text))
         elif command == "seed":
@@ -195,12 +197,14 @@ class Terminal:
     writer: LocalWriter
     settings: Settings
     turn: int = 0
+    interactive: bool = True
     said: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> None:
         interrupted = False
         # another program gets the answers alone
-        prompt = "> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+        self.interactive = sys.stdin.isatty()
+        prompt = "> " if self.interactive and sys.stdout.isatty() else ""
         while True:
             try:
                 line = input(prompt).strip()
@@ -230,6 +234,8 @@ class Terminal:
         elif name == "settings":
             print(self.settings.described())
         elif (wrong := self.set(name, text)) is not None:
+            if not self.interactive:  # what follows would be answered otherwise than it was meant
+                raise UserError(f"{line}: {wrong}")
             print(wrong, file=sys.stderr)
         elif name == "keep":
             self.said.clear()
@@ -304,7 +310,7 @@ class Screen:
         self.thought, self.clock = thought, clock
         self.dim, self.plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
         self.content = ""
-        self._began, self._paths = clock(), 0
+        self._began, self._looked, self._paths = clock(), -OFTEN_S, 0
         self._line = self._thinks = self._said = False
 
     def show(self, event: Event) -> None:
@@ -332,11 +338,18 @@ class Screen:
     def _path(self, path: int) -> None:
         """A search is long: say how far it is, where that does not spoil what is read later."""
         self._paths = max(self._paths, path + 1)
-        if self.dim:
-            self._print(f"\r{self.dim}{self._paths} paths, {self.clock() - self._began:.1f} s{self.plain}")
+        if self.clock() - self._looked >= OFTEN_S:
+            self._how_far()
+
+    def _how_far(self) -> None:
+        self._looked = self.clock()
+        if self.dim and self._paths:
+            paths = "1 path" if self._paths == 1 else f"{self._paths} paths"
+            self._print(f"\r{self.dim}{paths}, {self._looked - self._began:.1f} s{self.plain}")
 
     def _think(self, text: str) -> None:
         if not self._thinks and self._paths and self.dim:
+            self._how_far()
             self._new_line()
         if self.thought:
             self._print(f"{self.dim}{self._safe(text)}{self.plain}")
@@ -345,7 +358,9 @@ class Screen:
         self._thinks = True
 
     def _close(self) -> None:
-        """The thought is over."""
+        """The thought is over, or the search."""
+        if not self._thinks:
+            self._how_far()
         if (self._thinks and self.thought) or self._paths:
             self._new_line()
         self._thinks, self._paths = False, 0

@@ -23,7 +23,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def nearest(word: str, valid: Iterable[str]) -> str:
     """ " — did you mean 'x'?" for the closest valid word, or the list when nothing is close."""
     options = sorted(valid)
-    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    # of three letters two may be the same by chance
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5 if len(word) > 3 else 0.7)
     if close:
         return f"did you mean '{close[0]}'?"
     return "valid: " + ", ".join(options)

@@ -39,8 +39,10 @@ def talk(
     lines: Sequence[str | type[BaseException]],
     writer: ScriptedWriter | None = None,
     house: House | None = None,
+    *,
+    person: bool = True,
 ) -> tuple[Terminal, ScriptedWriter]:
-    """Type these lines; what is a kind of exception is raised at the prompt."""
+    """Type these lines (``person``: at a terminal); what is a kind of exception is raised at the prompt."""
     left = list(lines)
 
     def ask(prompt: str) -> str:
@@ -51,6 +53,7 @@ def talk(
         raise line
 
     monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: person, raising=False)
     found = writer or says("hm</think>hello")
     found.__class__ = Served
     house = house or terminal.house_of(house_of(found).find(None))
@@ -181,6 +184,15 @@ def test_what_no_question_could_be_answered_with_is_refused_at_once(
     assert "hello" in capsys.readouterr().out
 
 
+def test_a_program_that_asks_is_stopped_by_a_command_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What follows would be answered otherwise than it was meant."""
+    with pytest.raises(UserError, match=r"^/paths best: the best of several answers needs a model"):
+        talk(monkeypatch, ["one", "/paths best", "two"], person=False)
+    assert capsys.readouterr().out == "hm\nhello\n"
+
+
 def test_an_answer_longer_than_the_room_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,7 +263,6 @@ def test_questions_stand_alone_unless_kept(
     assert HELP in printed.out
     assert printed.err == "there is no command /nope; /help lists them\n"
     assert "> " not in printed.out  # the answers alone, for another program
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     talk(monkeypatch, [])
     assert capsys.readouterr().out == "> \n"
@@ -383,7 +394,7 @@ def test_the_way_and_the_vote_are_told(capsys: pytest.CaptureFixture[str]) -> No
     }
     events = [
         Started(served, 3, {"way": "think", "why": "it is hard"}),
-        PathSaid(0, "content", "a"),
+        *[PathSaid(0, "content", "a")] * 9,
         PathSaid(2, "content", "b"),
         ChoiceSaid(0, "content", "b"),
         Ended(0, "stop", None, vote),
@@ -392,6 +403,7 @@ def test_the_way_and_the_vote_are_told(capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     assert out.startswith(f"{DIM}[think: it is hard]{PLAIN}\n")
     assert f"\r{DIM}3 paths, 0.0 s{PLAIN}\nb\n" in out
+    assert out.count("path, 0.0 s") == 1  # not at every token of each
     assert out.endswith(f"{DIM}[path 2 of 3, 2 votes, 30 tokens]{PLAIN}\n")
 
 

@@ -38,7 +38,7 @@ SHORT = {"role": "user", "content": "x"}
         ({"kind": "vote", "n": 5.0}, PathsConfig(kind="vote", n=5)),  # an integer, by JSON Schema
         ({"kind": "tree", "n": 5}, PathsConfig(kind="tree", simulations=5)),
         ({"kind": "beam", "n": 5}, PathsConfig(kind="beam", width=5)),
-        ({"kind": "beam", "n": 5, "width": 2}, PathsConfig(kind="beam", width=2)),
+        ({"kind": "beam", "n": 2, "width": 2}, PathsConfig(kind="beam", width=2)),
         ({"kind": "beam", "n": None, "width": None}, PathsConfig(kind="beam")),
         ({"kind": "greedy", "n": 1}, PathsConfig(kind="greedy")),
         ({"kind": "beam", "width": 2, "alpha": 1}, PathsConfig(kind="beam", width=2, alpha=1.0)),

@@ -85,7 +85,11 @@ def test_a_port_in_use_is_named(
         (["--fast", "nope"], "there is no model 'nope' here"),
         (["--host", "no.such.host.invalid"], "needs a key"),
         (["--device", "gpu"], "--device 'gpu'"),
-        (["--reward-model", "nope"], "'nope' is no model that judges; give a reward_model folder"),
+        (["--reward-model", "nope"], "--reward-model 'nope': there is no such folder"),
+        (
+            ["--process-model", "."],
+            "--process-model '.' is no model that judges; give a process_model folder",
+        ),
         (["--max-length", "100000"], "max_length must be"),
     ],
 )

@@ -43,13 +43,20 @@ from liubai.serve.limits import Limits
         ({"paths": {"kind": "vite"}}, "paths.kind", "'vote'"),
         ({"paths": "vite"}, "paths", "did you mean 'vote'?"),
         ({"paths": "vote:" + "9" * 100}, "paths", "write KIND, KIND:N"),
-        ({"paths": 3}, "paths", "must be an object"),
+        ({"paths": 3}, "paths", "must be a text such as 'vote:8', or an object"),
         ({"paths": "best"}, "paths", "--reward-model DIR"),
         ({"paths": {"kind": "tree", "judge": "process"}}, "paths.judge", "has no process model; the server"),
         ({"paths": "beam", "thinking_budget": 3}, "paths", "beam search has no"),
         ({"paths": "vote", "temperature": 0}, "temperature", "one and the same"),
         ({"paths": "vote", "n": 2}, "n", "leave 'n' out"),
         ({"n": 16, "paths": "greedy"}, "n", "4 answers at once"),
+        ({"paths": "best:4:process"}, "paths", "needs a process model (a stage of kind process); name one"),
+        ({"paths": {"kind": "tree", "simulations": 2, "n": 3}}, "paths", "'n' means nothing to tree"),
+        ({"tool_choice": "weather"}, "tool_choice", "'required' or {'type': 'function'"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, None, "two numbers for one thing"),
+        ({"think_at_least": 9, "thinking_budget": 8}, None, "'think_at_least' 9 is more than"),
+        ({"think_at_least": 9, "thinking": {"type": "enabled", "budget_tokens": 8}}, None, "of a thought, 8"),
+        ({"foo": 1}, "foo", "unknown parameter 'foo'"),
         ({"seed": 2**63}, "seed", "less than"),
         ({"thinking": {"type": "maybe"}}, "thinking.type", "'enabled' or 'disabled'"),
     ],
@@ -136,6 +143,10 @@ def test_errors_have_openais_statuses() -> None:
     assert call(app, "GET", "/v1/nothing").error["code"] == "not_found"
     wrong = call(app, "GET", "/v1/chat/completions")
     assert (wrong.status, wrong.error["code"], wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
+    assert "for POST only" in wrong.error["message"]
+    for path in ("/", "/health", "/v1/models"):  # who watches a server asks for heads alone
+        assert call(app, "HEAD", path).status == 200
+    assert call(app, "HEAD", "/v1/chat/completions").status == 405
     form = call(app, "POST", "/v1/chat/completions", b"a=b", content_type="application/x-www-form-urlencoded")
     assert form.status == 415
     assert call(app, "POST", "/v1/chat/completions", b"{}", content_encoding="gzip").status == 415

@@ -60,13 +60,6 @@ def test_a_key_opens_the_api(header: str | None, status: int) -> None:
     assert call(app, "GET", "/").status == 200  # the page asks for the key itself
 
 
-def test_a_key_may_be_of_any_letters() -> None:
-    app = create_app(house_of(says(ANSWER)), keys=["schlüssel"])
-    given = "schlüssel".encode().decode("latin-1")  # as it goes over the wire
-    assert call(app, "GET", "/v1/models", authorization=f"Bearer {given}").status == 200
-    assert call(app, "GET", "/v1/models", authorization="Bearer schlussel").status == 401
-
-
 def test_other_machines_need_a_key() -> None:
     with pytest.raises(
         UserError, match=r"--host 0\.0\.0\.0 opens the server to other machines and needs a key"
@@ -86,11 +79,11 @@ def test_keys_of_option_file_and_environment(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("LIUBAI_API_KEY", "three")
     assert command.keys_of(None, None) == ("three",)
     assert command.keys_of(None, file) == ("one", "two")
-    for wrong in ("", "  ", " x", "a\nb"):
-        with pytest.raises(UserError, match="an API key must"):
+    for wrong in ("", "  ", " x", "a\nb", "schlüssel"):  # no browser and no client of OpenAI's can send ü
+        with pytest.raises(UserError, match="an API key is made of ASCII"):
             command.keys_of(wrong, None)
     monkeypatch.setenv("LIUBAI_API_KEY", "")
-    with pytest.raises(UserError, match="an API key must"):  # set, and not to nothing by mistake
+    with pytest.raises(UserError, match="an API key is made of ASCII"):  # set, and not to nothing by mistake
         command.keys_of(None, None)
     with pytest.raises(UserError, match="cannot read the keys"):
         command.keys_of(None, tmp_path / "nope")

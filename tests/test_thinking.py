@@ -216,6 +216,24 @@ def test_to_end_everything_in_a_thought_is_ending_too_soon() -> None:
     assert path.response == "a wait b </think> <answer> 1 </answer>"
 
 
+def test_who_was_made_to_think_on_gets_to_the_answer() -> None:
+    """Nobody who asks for a longer thought wants it in the place of the answer."""
+    says = along("a", "a wait b", "a wait b </think> <answer> 1 </answer>")
+    path, parrot, _ = told(WORDS, says, at_least=3)
+    assert path.response == "a wait b </think> <answer> 1 </answer>"
+    assert (path.answer, path.forced, path.thought_tokens) == ("1", True, 3)
+    assert [i for i, given in enumerate(path.given) if given] == [1, 3]
+    assert len(parrot.requests) == 3
+    # one who says no more than the word it is given is let go at last, too
+    mute, _, _ = told(
+        WORDS, lambda b: "<answer> 1 </answer>" if "</think>" in b else "", at_least=90, max_tokens=200
+    )
+    assert (mute.thought, mute.answer) == (" ".join(["wait"] * 64), "1")
+    # who ends by itself in a thought that nobody prolonged has said what it had to say
+    own, _, _ = told(WORDS, "a b", at_least=2)
+    assert (own.response, own.answer, own.thought_tokens, own.tokens) == ("a b", None, 2, 3)
+
+
 def test_a_chinese_thought_waits_in_chinese() -> None:
     says = along("甲 </think>", "甲 等等 乙 </think> <answer> 1 </answer>")
     assert told(WORDS, says, at_least=2)[0].thought == "甲 等等 乙"

@@ -160,8 +160,11 @@ def keys_of(key: str | None, file: Path | None) -> tuple[str, ...]:
     if not found and KEY in os.environ:
         found = [os.environ[KEY]]
     for one in found:
-        if not one.strip() or one != one.strip() or not one.isprintable():
-            raise UserError("an API key must have letters, and no blanks around them")
+        if not one.strip() or one != one.strip() or not (one.isascii() and one.isprintable()):
+            # HTTP's headers can carry no others everywhere: no browser sends them
+            raise UserError(
+                "an API key is made of ASCII letters, digits and signs, with no blanks around them"
+            )
     if key is not None and KEY not in os.environ and file is None:
         print(f"liubai: note: others on this machine can see --api-key; {KEY} is safer", file=sys.stderr)
     return tuple(found)
@@ -173,18 +176,27 @@ def _judge(path: Path | None, name: str) -> Path | None:
     from liubai.model.checkpoint import read_config
     from liubai.stages.scoring import CALIBRATION
 
-    for folder in () if path is None else (path, path / name):
+    if path is None:
+        return None
+    option, other = (
+        ("--reward-model", "process_model") if name == "reward_model" else ("--process-model", "reward_model")
+    )
+    if not path.is_dir():
+        raise UserError(f"{option} '{path}': there is no such folder")
+    for folder in (path, path / name):
         if not (folder / "config.json").is_file():
             continue
         read_config(folder, scorer=True)
         if (folder / CALIBRATION).is_file() != (name == "reward_model"):
-            other = "a process model" if name == "reward_model" else "a reward model"
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} '{path}' is {other}; give a {name} folder")
+            raise UserError(f"{option} '{path}' is a {_spaced(other)}; give a {name} folder")
         return folder
-    if path is not None:
-        raise UserError(f"'{path}' is no model that judges; give a {name} folder")
-    return None
+    if (path / other).is_dir():
+        raise UserError(f"{option} '{path}' has a {_spaced(other)}, and no {_spaced(name)}")
+    raise UserError(f"{option} '{path}' is no model that judges; give a {name} folder")
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _origin(text: str) -> str:

@@ -314,10 +314,13 @@ def judge_of(writer: Writer, wanted: Judge | None) -> Judge:
     if wanted is None and there:
         return "process" if "process" in there else "preference"
     if wanted not in there or wanted is None:
-        kind = {"preference": "a reward model", "process": "a process model", None: "a model that judges"}
+        kind = {
+            "preference": "a reward model (a stage of kind reward_model)",
+            "process": "a process model (a stage of kind process)",
+            None: "a model that judges (a stage of kind reward_model or process)",
+        }
         raise UserError(
-            f"the best of several answers needs {kind[wanted]} (a stage of kind reward_model or process); "
-            "name one, or let the answers vote"
+            f"the best of several answers needs {kind[wanted]}; name one, or let the answers vote"
         )
     return wanted
 

@@ -246,7 +246,7 @@ async def go_on(
             alternatives=ask.alternatives,
         )
         # what may still be taken back is not yet told: an end tag has no more tokens than letters
-        ear = _Ear(heard, len(END_THINK) if hurried else 0)
+        ear = _Ear(heard, len(END_THINK) if hurried else 1 if thinks and draft.waits else 0)
         part = await writer.write(request, ear if heard else None)
         spent.written += len(part.completion_ids)
         spent.read += len(request.prompt_ids)
@@ -261,6 +261,11 @@ async def go_on(
             if length < ask.at_least:
                 draft = _made_to_go_on(ask, draft, length, before, longest, ear)
                 continue
+        if ended and still and draft.waits and last in tokenizer.eos_ids:
+            # it was made to think on, and has thought itself out: there is no answer yet
+            ear.flush(but=1)
+            draft = _closed(ask, draft.cut(len(draft.ids) - 1), heard)
+            continue
         ear.flush()
         if ended:
             return replace(draft, stop=Stop.EOS)
@@ -312,7 +317,7 @@ def _turn(template: Template, text: str) -> str:
 
 
 def _closed(ask: Ask, draft: Draft, heard: Heard | None) -> Draft:
-    """The thought has had its budget."""
+    """The thought has had its budget, or has gone on for as long as it could be made to."""
     ids = tuple(ask.template.tokenizer.encode(CLOSE))[: ask.max_tokens - len(draft.ids)]
     _tell(heard, ids, ask.alternatives)
     return replace(draft.was_given(ids), forced=True)
@@ -381,7 +386,8 @@ def _thought_tokens(template: Template, ids: tuple[int, ...], response: str) -> 
     """How many tokens the thought has, up to its closing tag; one that reaches into the tag is counted."""
     head, closed, _ = response.partition(END_THINK)
     if not closed or not is_open(template, head):
-        return len(ids) if is_open(template, response) else 0
+        written = len(ids) - (bool(ids) and ids[-1] in template.tokenizer.eos_ids)
+        return written if is_open(template, response) else 0
     low, high = 1, len(ids)  # the first length at which the tag is complete
     while low < high:
         middle = (low + high) // 2

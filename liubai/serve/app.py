@@ -224,6 +224,8 @@ def create_app(
     async def front(scope: Scope, receive: Receive, send: Send) -> None:
         """The way to an answer is short: a dozen layers, of which it needs none, cost as much as the rest."""
         made = asked.get(scope["path"]) if scope["method"] == "POST" else None
+        if scope["method"] == "HEAD":  # as GET; who writes to the socket leaves the body out
+            scope = {**scope, "method": "GET"}
         await (app if made is None else made())(scope, receive, send)
 
     @app.get("/v1/models")

@@ -178,10 +178,13 @@ def _judged(house: House, served: Served, paths: PathsConfig, question: str) -> 
     """``paths``, and that who judges them is there."""
     try:
         config = settled(paths, served.writer.judges(), question)
-        if config.kind == "best":
-            judge_of(served.writer, config.judge)
     except UserError as error:
-        raise bad(f"{error}{house.judges_by if not served.writer.judges() else ''}", "paths") from None
+        raise bad(str(error), "paths") from None
+    if config.kind == "best":
+        try:
+            judge_of(served.writer, config.judge)
+        except UserError as error:
+            raise bad(f"{error}{house.judges_by}", "paths") from None
     if config.kind == "tree" and config.judge not in (None, *served.writer.judges()):
         raise bad(f"'{served.name}' has no process model{house.judges_by}", "paths.judge")
     return config

@@ -249,7 +249,8 @@ def read_examples(path: Path) -> list[Example]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"'{path}' cannot be read: {reason}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -300,8 +301,10 @@ def load(path: Path) -> Classifier:
         classifier = Classifier(weights, float(found["temperature"]))
         if found["ways"] != list(WAYS) or any(len(row) != len(WAYS) for row in classifier.weights.values()):
             raise ValueError("ways")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"'{path}' is no router's file ({error}); make one with python -m liubai.serve.router train"
+            f"'{path}' is no router's file; make one with python -m liubai.serve.router train"
         ) from error
     return classifier

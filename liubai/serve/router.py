@@ -242,14 +242,14 @@ EACH = 16
 HELD_OUT = 0.2  #: of the examples, by a hash of their text
 
 
-def all_examples(path: Path = EXAMPLES) -> list[Example]:
-    """Those of the file, and some training problems of our own families."""
+def all_examples(given: Sequence[Example]) -> list[Example]:
+    """Those, and some training problems of our own families."""
     generated = [
         Example(problem_at(family(name), "train", 0, i).prompt, way)
         for name, way in FAMILIES.items()
         for i in range(EACH)
     ]
-    return list(dict.fromkeys([*learned.read_examples(path), *generated]))
+    return list(dict.fromkeys([*given, *generated]))
 
 
 def held_out(example: Example) -> bool:
@@ -285,7 +285,10 @@ def _conversation(example: Example) -> list[dict[str, str]]:
 
 def train(examples: Path = EXAMPLES, out: Path = WEIGHTS) -> dict[str, Any]:
     """Learn from four fifths of the examples, measure on the rest, write ``out``."""
-    everything = all_examples(examples)
+    given = learned.read_examples(examples)
+    if not given:
+        raise UserError(f"there is no example in '{examples}'; write lines of JSON with 'text' and 'way'")
+    everything = all_examples(given)
     seen = [example for example in everything if not held_out(example)]
     unseen = [example for example in everything if held_out(example)]
     if not unseen:

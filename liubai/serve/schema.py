@@ -9,7 +9,7 @@ what is done anyhow (``presence_penalty`` 0 …). A name that is none of these i
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -206,7 +206,7 @@ def _numbered(value: Any) -> Any:
         number = fields.pop("n")
         if own is not None and fields.get(own) is None:
             fields[own] = number
-        elif own is None and number not in (None, 1):
+        elif number not in (None, 1 if own is None else fields.get(own)):
             fields["n"] = number  # which is refused
     return fields
 
@@ -294,6 +294,20 @@ class ChatRequest(_Sampled):
     verbosity: Literal["medium"] | None = None
     functions: Annotated[list[Any], Field(fail_fast=True, max_length=0)] | None = None
     function_call: Literal["none"] | None = None
+
+    @model_validator(mode="after")
+    def _means_one_thing(self) -> Self:
+        both = self.max_tokens, self.max_completion_tokens
+        if None not in both and both[0] != both[1]:
+            raise ValueError(
+                "'max_tokens' and 'max_completion_tokens' are two numbers for one thing; give one"
+            )
+        budget = self.budget(0) if self.reasoning_effort is None else None
+        if budget is not None and (self.think_at_least or 0) > budget:
+            raise ValueError(
+                f"'think_at_least' {self.think_at_least} is more than the most tokens of a thought, {budget}"
+            )
+        return self
 
     def thinks(self) -> bool:
         """DeepThink: ``thinking`` says it; else the template's settings; else the effort."""

@@ -48,6 +48,14 @@ WORDS = {
     "less_than_equal": "must be {le} or less",
     "less_than": "must be less than {lt}",
 }
+#: Of fields that may have several forms, all of them: the errors tell of one.
+FORMS = {
+    "paths": "a text such as 'vote:8', or an object with 'kind' and 'n'",
+    "tool_choice": "'none', 'auto', 'required' or {'type': 'function', 'function': {'name': …}}",
+    "thinking": "true, false or {'type': 'enabled', 'budget_tokens': …}",
+    "prompt": "a text, a list of texts, or tokens",
+    "stop": "a text, or a list of up to four",
+}
 
 
 def sentence(kind: type[BaseModel], value: dict[str, Any], error: ValidationError) -> Refused:
@@ -71,12 +79,17 @@ def sentence(kind: type[BaseModel], value: dict[str, Any], error: ValidationErro
     if one["type"] == "missing":
         return bad(f"'{param}' is missing", param, "missing_required_parameter")
     if one["type"] == "union_tag_invalid":  # pydantic's sentence quotes the request
-        return bad(f"'{param}.role' must be {one['ctx']['expected_tags']}", f"{param}.role", "invalid_value")
+        roles = " or ".join(one["ctx"]["expected_tags"].rsplit(", ", 1))
+        return bad(f"'{param}.role' must be {roles}", f"{param}.role", "invalid_value")
+    if len(place) == 1 and param in FORMS and one["type"].endswith(("_type", "literal_error")):
+        return bad(f"'{param}' must be {FORMS[param]}", param, "invalid_value")
     if one["type"] in WORDS:
         bounds = {name: _plain(bound) for name, bound in one.get("ctx", {}).items()}
         said = WORDS[one["type"]].format(**bounds)
         return bad(f"'{param}' {said}", param, "invalid_value")
     message = str(one["msg"]).removeprefix("Value error, ")
+    if not place:  # of several fields
+        return bad(message, None, "invalid_value")
     return bad(f"'{param}': {message[:1].lower()}{message[1:]}", param, "invalid_value")
 
 
