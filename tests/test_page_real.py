@@ -68,7 +68,7 @@ def test_a_question_is_thought_about_and_answered(page: Page, writer: ScriptedWr
     expect(turn.locator(".thought-text")).to_have_text("Let me think.")
     expect(turn.locator(".answer-text")).to_have_text(SHOWN)
     expect(turn.locator(".answer-text strong")).to_have_text("42")
-    thought = len(writer.tokenizer.encode("Let me think.</think>"))
+    thought = len(writer.tokenizer.encode("Let me think."))
     whole = len(writer.tokenizer.encode(THOUGHT)) + 1  # and the end
     expect(turn.locator("summary")).to_contain_text(f"{thought} tokens")
     expect(turn.locator("summary")).not_to_contain_text("about")
