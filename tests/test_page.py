@@ -70,7 +70,6 @@ def test_ask_and_watch_the_thought_open_stream_and_fold(page: Page, server: Scri
         re.compile(r"Thought.*4\.5 s.*321 tokens.*ended by the budget")
     )
     expect(turn.locator(".stats")).to_contain_text("330 tokens")
-    assert server.asked[0]["thinking"] is True
     assert server.asked[0]["messages"] == [{"role": "user", "content": "how many?"}]
     assert page.evaluate("JSON.parse(localStorage.liubai).folded")  # the next thought begins folded, too
 
@@ -96,7 +95,7 @@ def test_the_settings_are_sent_and_kept(page: Page, server: ScriptedServer) -> N
     page.click("#longer")
     for name, value in (("budget", "300"), ("atLeast", "120"), ("maxTokens", "900"), ("temperature", "0.7")):
         page.fill(f"[data-number={name}]", value)
-    page.select_option("#route", "auto")
+    page.select_option("#route", "think")
     page.check("[data-tool][value=calculator]")
     page.check("#ink")
     finished(ask(page, "with all"))
@@ -105,24 +104,23 @@ def test_the_settings_are_sent_and_kept(page: Page, server: ScriptedServer) -> N
         "model": "liubai-small",
         "stream": True,
         "stream_options": {"include_usage": True},
-        "thinking": True,
         "thinking_budget": 300,
         "think_at_least": 120,
         "max_tokens": 900,
         "temperature": 0.7,
-        "route": "auto",
+        "route": "think",
         "use_tools": ["calculator"],
         "logprobs": True,
         "top_logprobs": 5,
     }
     visit(page, server)  # a later visit
     expect(page.locator("[data-number=budget]")).to_have_value("300")
-    expect(page.locator("#route")).to_have_value("auto")
+    expect(page.locator("#route")).to_have_value("think")
     page.click("#think")
     expect(page.locator("#longer")).to_be_hidden()
     finished(ask(page, "without thought"))
     assert server.asked[1]["thinking"] is False
-    assert {"thinking_budget", "think_at_least"}.isdisjoint(server.asked[1])
+    assert {"thinking_budget", "think_at_least", "route"}.isdisjoint(server.asked[1])
 
 
 def test_only_what_the_model_can_do_is_offered(page: Page, server: ScriptedServer) -> None:
@@ -163,7 +161,7 @@ def test_a_vote_of_five_grows_side_by_side(page: Page, server: ScriptedServer) -
     finished(turn)
     assert server.asked[0]["paths"] == {"kind": "vote", "n": 5}
     expect(turn.locator(".path.chosen h3")).to_have_text(["Path 1"])
-    expect(lanes.nth(1).locator(".figures")).to_have_text("( 9 - 6 ) * 42 votes103 tokens")
+    expect(lanes.nth(1).locator(".figures")).to_have_text("( 9 - 6 ) * 4agrees with 1 other103 tokens")
     expect(turn.locator(".tally li")).to_have_text(["6 * 4 + 93 of 5", "( 9 - 6 ) * 42 of 5"])
     assert turn.locator(".tally li.won .on").count() == 3
     expect(turn.locator("details")).not_to_have_attribute("open", "")  # its thought was already seen above
@@ -201,6 +199,52 @@ def test_scores_beams_and_paths_that_were_never_streamed(page: Page, server: Scr
     )
     expect(turn.locator(".path .state")).to_have_text(["", "chosen", "cut off"])
     expect(turn.locator(".tally li")).to_have_count(0)
+
+
+@pytest.mark.parametrize("kind", ["vote", "best", "beam", "tree"])
+def test_one_answer_has_no_paths_beside_it(page: Page, server: ScriptedServer, kind: str) -> None:
+    def summary(kind: str) -> Extra:
+        only = {"index": 0, "reasoning": "hm", "content": "12", "answer": "12", "votes": None, "tokens": 0}
+        return Extra({"liubai": {"paths": {"kind": kind, "chosen": 0, "tokens": 0, "list": [only]}}})
+
+    route = Extra({"liubai": {"route": {"way": "tool", "why": "a calculation"}}})
+    server.plan += [
+        [route, Gate("calculated"), Delta(content="12"), summary("greedy"), DONE],
+        [
+            Extra({"liubai": {"path": 0, "reasoning": "hm"}}),
+            Delta(reasoning="hm"),
+            Delta("12"),
+            summary(kind),
+            DONE,
+        ],
+    ]
+    page.select_option("#kind", kind)
+    turn = ask(page, "3 * 4")
+    expect(turn.locator(".route b")).to_have_text("Calculator")
+    expect(turn.locator(".paths")).to_be_hidden()
+    server.open("calculated")
+    expect(finished(turn).locator(".paths")).to_be_hidden()
+    turn = finished(ask(page, "a search that found one path"))
+    expect(turn.locator(".paths")).to_be_hidden()
+    expect(turn.locator(".thought-text")).to_be_visible()  # which stands nowhere else
+
+
+def test_a_search_shows_that_it_lives_and_what_it_visited(page: Page, server: ScriptedServer) -> None:
+    listed = [
+        {"index": i, "reasoning": "r", "content": "c", "answer": str(i), "votes": 5 - i, "score": 0.5}
+        for i in range(2)
+    ]
+    summary = Extra({"liubai": {"paths": {"kind": "tree", "chosen": 0, "tokens": 9, "list": listed}}})
+    server.plan.append([Gate("found"), Delta(content="0"), summary, DONE])
+    page.select_option("#kind", "tree")
+    turn = ask(page, "search")
+    expect(turn.locator(".wait")).to_have_text(
+        re.compile(r"^Searching: the paths are shown at the end[1-9] s$")
+    )
+    assert heard(page)[-1] == "Searching: the paths are shown at the end"  # and no second is read aloud
+    server.open("found")
+    finished(turn)
+    expect(turn.locator(".figures")).to_have_text(["05 visitsscore 0.50", "14 visitsscore 0.50"])
 
 
 def test_route_and_tools_are_shown(page: Page, server: ScriptedServer) -> None:
@@ -337,10 +381,36 @@ def test_tokens_without_white_space_or_with_half_characters(page: Page, server: 
     assert turn.locator(".answer-text").evaluate("(el) => el.textContent") == "留 6 * 4"
 
 
+def test_a_token_that_is_sure_has_no_negative_nothing(page: Page, server: ScriptedServer) -> None:
+    server.plan.append([Delta(content="It", tokens=(("It", 0.9999, []),)), DONE])
+    switch_colours(page)
+    finished(ask(page, "sure?")).locator(".answer-text span").hover()
+    expect(page.get_by_role("tooltip")).to_contain_text("100 % · ln p 0.00")
+
+
 def test_an_answer_without_probabilities_says_so(page: Page, server: ScriptedServer) -> None:
-    server.plan.append(simple("plain"))
-    turn = finished(ask(page, "plain"))
-    page.click("#options-button")
-    page.check("#ink")
-    expect(turn).to_contain_text("No probabilities came with this answer")
-    expect(turn.locator(".answer-text")).to_have_text("plain")
+    sums: list[Step] = [Extra({"liubai": {"route": {"way": "tool", "why": "a sum"}}}), Delta(content="2")]
+    server.plan += [simple("earlier"), [*sums, usage(0), DONE], [Gate("never")], simple("plain")]
+    legends = [
+        "No probabilities came with this answer.",
+        "The calculator's answers have no probabilities.",
+        None,  # and of what was never written there are none
+        "No probabilities came with this answer. Retry to see them.",
+    ]
+    for i in range(4):
+        turn = ask(page, str(i))
+        if i == 2:
+            expect(turn.get_by_text("Waiting")).to_be_visible()
+            page.click("#stop")
+        finished(turn)
+    switch_colours(page)
+    for turn, legend in zip(page.locator(".turn").all(), legends, strict=True):
+        if legend is None:
+            expect(turn.locator("[data-part=legend]")).to_be_hidden()
+        else:
+            expect(turn.locator(".legend")).to_have_text(legend, use_inner_text=True)
+    finished(ask(page, "and now with colours"))  # which a server without probabilities was asked for
+    expect(page.locator(".turn.last .legend")).to_have_text(legends[0] or "", use_inner_text=True)
+    expect(page.locator(".turn").nth(3).locator(".legend")).to_have_text(
+        legends[0] or "", use_inner_text=True
+    )

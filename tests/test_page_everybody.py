@@ -152,11 +152,31 @@ def test_contrast_names_and_sizes_on_a_phone(browser: Browser, server: ScriptedS
         for scroller in ("html", "body", "#talk", ".bottom", ".top"):
             assert page.locator(scroller).evaluate("(el) => el.scrollWidth <= el.clientWidth"), scroller
         page.click("#options-button")
-    lanes = page.locator(".lanes").last
+    lanes = page.locator(".lanes").nth(1)  # those of the vote
     assert (
         lanes.evaluate("(el) => el.scrollWidth > el.clientWidth && getComputedStyle(el).overflowX") == "auto"
     )  # swiped
     assert page.locator("h1").count() == 1
+    context.close()
+
+
+def test_the_chosen_path_is_in_sight_on_a_phone(browser: Browser, server: ScriptedServer) -> None:
+    server.reset()
+    context = browser.new_context(viewport={"width": 390, "height": 844}, locale="en-US", has_touch=True)
+    page = context.new_page()
+    visit(page, server)
+    steps = vote(5)
+    for step in steps:
+        if isinstance(step, Extra) and "paths" in step.value.get("liubai", {}):
+            step.value["liubai"]["paths"]["chosen"] = 3
+    server.plan.append(steps)
+    page.select_option("#kind", "vote")
+    turn = finished(ask(page, "vote"))
+    expect(turn.locator(".path.chosen h3")).to_have_text("Path 4")
+    box = turn.locator(".path.chosen").bounding_box()
+    assert box is not None
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
     context.close()
 
 
@@ -196,8 +216,9 @@ def test_the_keyboard_is_enough(page: Page, server: ScriptedServer) -> None:
     expect(page.locator("#options-button")).to_have_attribute("aria-expanded", "true")
     expect(page.locator("#options")).to_be_visible()
     page.focus("#think")
-    page.keyboard.press("Space")
-    expect(page.locator("#think")).to_have_attribute("aria-checked", "false")
+    for checked in ("true", "false"):
+        page.keyboard.press("Space")
+        expect(page.locator("#think")).to_have_attribute("aria-checked", checked)
     page.focus("#question")
     assert [tab(back=True) for _ in range(2)] == ["Edit", "Retry"]
     page.keyboard.press("Enter")

@@ -48,6 +48,30 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_only(page: Page, server: Scripte
     expect(page.locator(".turn")).to_have_count(2)
 
 
+def test_a_key_that_cannot_be_sent_is_wrong(page: Page, server: ScriptedServer) -> None:
+    server.key = "right"
+    page.goto(server.url)
+    expect(page.locator("#key")).to_be_focused()
+    expect(page.locator(".chooser")).to_be_hidden()  # there is nothing to choose yet
+    page.fill("#question", "hello?")
+    expect(page.locator("#send")).to_be_disabled()
+    expect(page.locator("#send")).to_have_attribute("title", "The API key is needed first.")
+    page.press("#question", "Enter")
+    expect(page.locator("#key")).to_be_focused()
+    page.keyboard.type("密钥")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-why")).to_have_text(
+        "This key is wrong: a key has only Latin letters, digits and signs."
+    )
+    expect(page.locator("#trouble")).to_be_hidden()
+    page.fill("#key", "right")
+    page.click("#key-form button")
+    expect(page.locator(".chooser")).to_be_visible()
+    page.click("#send")
+    expect(finished(page.locator(".turn.last")).locator(".answer-text")).to_have_text("fine")
+    expect(page.locator("#send")).to_have_attribute("title", "Send")
+
+
 def test_a_busy_server_is_waited_for(page: Page, server: ScriptedServer) -> None:
     server.plan += [
         Refuse(429, "full", {"Retry-After": "1"}),
@@ -69,7 +93,7 @@ def test_a_busy_server_is_waited_for(page: Page, server: ScriptedServer) -> None
     turn = ask(page, "given up")
     expect(turn.locator(".note")).to_contain_text("in 60 s")
     page.keyboard.press("Escape")
-    expect(finished(turn).locator(".note")).to_contain_text("Stopped")
+    expect(finished(turn).locator(".note")).to_have_text("Stopped before the first word.")
     assert len(server.asked) == 5
     assert sum("Many are asking" in line for line in heard(page)) == 3  # not once a second
 
@@ -111,10 +135,12 @@ def test_errors_are_sentences(page: Page, server: ScriptedServer) -> None:
         Refuse(500, ""),
         failing,
         simple("x", finish="length"),
+        [Delta(reasoning="hm"), Delta(finish="length"), DONE],
+        [Delta(reasoning="hm"), Delta(content="\n"), Delta(finish="stop"), DONE],
         [DONE],
     ]
     said = []
-    for i in range(5):
+    for i in range(7):
         turn = finished(ask(page, str(i)))
         said.append(turn.locator(".note").inner_text().replace("\n", " ").removesuffix("Try again").strip())
     assert said == [
@@ -122,8 +148,38 @@ def test_errors_are_sentences(page: Page, server: ScriptedServer) -> None:
         "The server failed at this question.",
         "The server failed at this question. the model ended",
         "Cut off: it had written as many tokens as it may.",
+        "Cut off before the answer: it had written as many tokens as it may.",
+        "The model thought, but gave no answer.",
         "The model said nothing.",
     ]
+
+
+def test_what_was_refused_can_be_edited_and_not_tried_again(page: Page, server: ScriptedServer) -> None:
+    server.plan += [Refuse(400, "At most 2048 tokens fit."), Refuse(500, "")]
+    turn = finished(ask(page, "too long"))
+    expect(turn.get_by_role("button")).to_have_text(["Edit"])
+    turn.get_by_role("button").click()
+    expect(page.locator("#question")).to_have_value("too long")
+    turn = finished(ask(page, "bad luck"))
+    expect(turn.get_by_role("button")).to_have_text(["Try again", "Edit"])
+
+
+@pytest.mark.parametrize("kind", ["sample", "vote", "tree"])
+def test_stopped_before_anything_came(page: Page, server: ScriptedServer, kind: str) -> None:
+    server.plan += [[Gate("never")], [Extra({"liubai": {"path": 1, "reasoning": "half"}}), Gate("never")]]
+    page.select_option("#kind", kind)
+    page.click("#think")  # without the router the places of the paths are there at once
+    turn = ask(page, "stop me")
+    expect(turn.locator(".wait")).to_be_visible()
+    page.click("#stop")
+    expect(finished(turn).locator(".note")).to_have_text("Stopped before the first word.")
+    expect(turn.locator(".path")).to_have_count(0)
+    turn = ask(page, "and here")
+    expect(turn.locator(".thought-text", has_text="half")).to_be_visible()
+    page.click("#stop")
+    expect(finished(turn).locator(".note")).to_have_text("Stopped. What had come is kept.")
+    expect(turn.locator(".path header")).to_have_text(["Path 2cut off"])
+    expect(turn.locator(".paths .title")).to_have_text("1 path")
 
 
 def test_a_server_that_is_gone(page: Page, server: ScriptedServer) -> None:

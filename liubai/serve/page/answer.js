@@ -45,7 +45,9 @@ class Script {
   }
 }
 
-/** @param ask {question, seed, kind, n, ink, folded}
+const SILENT = ["beam", "tree"];  // what they wrote comes at their end
+
+/** @param ask {question, seed, kind, n, routed, ink, folded}
  *  @param hooks {follow, voice, retry(answer), edit(answer), folded(bool), stop()} */
 export class Answer {
   constructor(ask, hooks) {
@@ -90,16 +92,28 @@ export class Answer {
     this.finish = null;
     this.started = performance.now();
     this.thinkFrom = this.thinkTo = null;
+    this.way = null;
+    this.waited = 0;
     this.box.setAttribute("aria-busy", "true");
     this.note.hidden = this.acts.hidden = true;
     this.wait.hidden = false;
-    const several = ["vote", "best", "beam", "tree"].includes(this.ask.kind);
+    this.waitTime.hidden = true;
+    say(this.waitText, SILENT.includes(this.ask.kind) ? "searching" : "waiting");
     this.pathsBox.replaceChildren();
     this.pathsBox.hidden = true;
-    this.paths = new Paths(this.pathsBox, this.ask.kind, several && this.ask.kind !== "tree" ? this.ask.n : 0);
-    this.several = several;
+    this.paths = new Paths(this.pathsBox, this.ask.kind);
+    this.several = ["vote", "best", "beam", "tree"].includes(this.ask.kind);
+    if (!this.ask.routed) this.expectPaths();
     clearInterval(this.clock);
-    this.clock = setInterval(() => this.showThought(), 200);
+    this.clock = setInterval(() => {
+      this.showWait();
+      this.showThought();
+    }, 200);
+  }
+
+  /** Places for the paths that will come: not before the router has said that no calculator answers. */
+  expectPaths() {
+    if (this.several && this.ask.kind !== "tree") this.paths.expect(this.ask.n);
   }
 
   get busy() { return this.state === "waiting" || this.state === "thinking" || this.state === "answering"; }
@@ -162,6 +176,15 @@ export class Answer {
     this.hooks.follow.grown();
   }
 
+  /** A sign of life while nothing comes. */
+  showWait() {
+    const seconds = Math.floor((performance.now() - this.started) / 1000);
+    if (this.wait.hidden || seconds === this.waited) return;
+    this.waited = seconds;
+    say(this.waitTime, "elapsed", [seconds]);
+    this.waitTime.hidden = false;
+  }
+
   showThought() {
     if (this.thought.hidden) return;
     const writing = this.busy && this.state !== "answering";
@@ -179,6 +202,8 @@ export class Answer {
   }
 
   showRoute(route) {
+    if (this.way === null && route.way !== "tool") this.expectPaths();
+    this.way = text(route.way);
     const way = document.createElement("b"), known = ["fast", "think", "tool"].includes(route.way);
     if (known) say(way, `way${route.way}`);
     else way.append(isolated(text(route.way)));
@@ -207,11 +232,19 @@ export class Answer {
     if (!this.ink) return void (this.legend.hidden = true);
     const has = this.reasoning.tokens.length + this.content.tokens.length > 0;
     if (!has && this.busy) return;
-    const state = has ? "has" : "none";
-    this.legend.hidden = this.state === "failed" && !has;
+    const state = has ? "has" : this.way === "tool" ? "inkTool" : "inkNone";
+    this.legend.hidden = !has && (this.state === "failed" || !(this.content.text || this.reasoning.text));
     if (this.legend.dataset.state === state) return;
     this.legend.dataset.state = state;
-    this.legend.replaceChildren(has ? legend() : say(Object.assign(document.createElement("p"), { className: "legend" }), "inkNone"));
+    this.legend.replaceChildren(has ? legend() : this.inkless(state));
+  }
+
+  /** Why there are no probabilities; and that Retry would bring them, where it is there and would. */
+  inkless(key) {
+    const line = Object.assign(document.createElement("p"), { className: "legend" });
+    line.append(say(span(""), key));
+    if (key === "inkNone" && !this.ask.ink) line.append(say(span("only-last"), "inkRetry"));
+    return line;
   }
 
   setInk(on) {
@@ -226,11 +259,13 @@ export class Answer {
     this.state = why === null || why === "stopped" ? "done" : "failed";
     this.box.setAttribute("aria-busy", "false");
     this.wait.hidden = true;
+    this.paths.end();
+    if (this.several && this.pathsBox.hidden) this.thought.open = !this.folded;  // one path, seen nowhere else
     this.frame.now();
     this.draw(true);
     this.showThought();
     this.hooks.voice.end();
-    const key = why === "stopped" ? "stopped" : why ? why.kind : this.finish === "length" ? "cutOff" : this.content.text || this.reasoning.text ? null : "emptyAnswer";
+    const key = why === "stopped" ? (this.began ? "stopped" : "stoppedEarly") : why ? why.kind : this.verdict();
     if (key) this.showNote(key, why?.detail, Boolean(why && why !== "stopped"));
     this.showFigures();
     this.acts.hidden = false;
@@ -240,6 +275,15 @@ export class Answer {
     this.hooks.follow.grown();
   }
 
+  get began() { return Boolean(this.content.text || this.reasoning.text || this.paths.began); }
+
+  /** What is to be said of an answer that came to its own end, if anything. */
+  verdict() {
+    const said = this.content.text.trim(), thought = this.reasoning.text.trim();
+    if (this.finish === "length") return said || !thought ? "cutOff" : "cutEarly";
+    return said ? null : thought ? "onlyThought" : "emptyAnswer";
+  }
+
   showNote(key, detail, failed, args = []) {
     const line = say(document.createElement("span"), key === "busy" ? "tooBusy" : key, args);
     this.note.replaceChildren(line);
@@ -247,7 +291,7 @@ export class Answer {
     this.note.classList.toggle("failed", failed);
     this.note.hidden = false;
     this.hooks.voice.tell(this.note.textContent);
-    if (!failed) return;
+    if (!failed || key === "refused") return;  // the same question would be refused again: Edit is below
     const again = this.button("again", () => this.hooks.retry(this));
     again.className = "only-last";
     this.note.append(again);

@@ -64,7 +64,7 @@ const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0] >>> 1;
 async function send(asked) {
   const seed = newSeed(), made = body(asked, seed);
   const answer = new Answer(
-    { question: asked, seed, kind: made.paths?.kind ?? "sample", n: settings.n, ink: settings.ink, folded: settings.folded },
+    { question: asked, seed, kind: made.paths?.kind ?? "sample", n: settings.n, routed: Boolean(made.route), ink: settings.ink, folded: settings.folded },
     { follow, voice, retry, edit, folded: (folded) => set("folded", folded) },
   );
   answers.at(-1)?.box.classList.remove("last");
@@ -75,7 +75,7 @@ async function send(asked) {
   follow.hold();
   const mine = running = new AbortController();
   show();
-  voice.tell(words("waiting"));
+  voice.tell(answer.waitText.textContent);
   const why = await tries(answer, made, mine.signal);
   answer.end(why);
   if (running !== mine) return;  // a new chat was begun

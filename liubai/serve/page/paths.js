@@ -29,6 +29,8 @@ class Path {
     this.follow = new Follow(this.body);
   }
 
+  get began() { return Boolean(this.reasoning || this.content); }
+
   hear(piece) {
     this.reasoning += text(piece.reasoning);
     this.content += text(piece.content);
@@ -45,7 +47,7 @@ class Path {
   }
 
   /** What the server sums up at the end; text that was not streamed (beams) is in it. */
-  settle(path, chosen) {
+  settle(path, chosen, kind) {
     for (const part of ["reasoning", "content"]) {
       if (text(path[part]) && !this[part]) this[part] = path[part];
     }
@@ -54,7 +56,8 @@ class Path {
     say(this.state, chosen ? "chosen" : path.finish_reason === "length" ? "pathCut" : "pathDone");
     const answer = text(path.answer).trim();
     const figures = [answer ? make("b", "", isolated(cut(answer, 80))) : say(make("span"), "noAnswer")];
-    if (typeof path.votes === "number") figures.push(say(make("span"), "pathVotes", [path.votes]));
+    if (typeof path.votes === "number" && kind === "tree") figures.push(say(make("span"), "visits", [path.votes]));
+    else if (path.votes > 0) figures.push(say(make("span"), "agrees", [path.votes - 1]));  // the votes stand at the answers
     if (typeof path.score === "number") figures.push(say(make("span"), "score", [path.score]));
     if (typeof path.tokens === "number") figures.push(say(make("span"), "tokens", [path.tokens]));
     this.figures.replaceChildren(...figures);
@@ -62,16 +65,22 @@ class Path {
 }
 
 export class Paths {
-  constructor(section, kind, expected) {
+  constructor(section, kind) {
     this.section = section;
     this.kind = kind;
     this.paths = new Map();
+    this.settled = false;
     this.title = make("h3", "title");
     this.tally = make("ul", "tally");
     this.list = make("ul", "lanes");
     section.append(this.title, this.list, this.tally);
-    for (let i = 0; i < expected; i += 1) this.at(i);
   }
+
+  expect(n) {
+    for (let i = 0; i < n; i += 1) this.at(i);
+  }
+
+  get began() { return [...this.paths.values()].some((path) => path.began); }
 
   at(index) {
     let path = this.paths.get(index);
@@ -102,16 +111,39 @@ export class Paths {
 
   settle(summary) {
     const list = (Array.isArray(summary.list) ? summary.list : []).filter((path) => path && Number.isInteger(path.index));
-    if (list.length < 2 && !this.paths.size) return;
+    if (!list.length) return;
+    this.settled = true;
+    if (list.length === 1) return this.keep(() => false);  // there is nothing to compare it with
     this.kind = summary.kind;
-    for (const path of list) this.at(path.index).settle(path, path.index === summary.chosen);
+    for (const path of list) this.at(path.index).settle(path, path.index === summary.chosen, this.kind);
+    this.keep((index) => list.some((settled) => settled.index === index));
+    if (this.kind === "vote") this.count(list, summary.chosen);
+    this.showChosen(this.paths.get(summary.chosen));
+  }
+
+  /** No more comes. What was not summed up is cut off where it is, and what never began goes. */
+  end() {
+    if (this.settled) return;
+    this.kind = null;  // nobody chose
+    this.keep((index, path) => path.began);
+    for (const path of this.paths.values()) say(path.state, "pathCut");
+  }
+
+  keep(stays) {
     for (const [index, path] of this.paths) {
-      if (list.some((settled) => settled.index === index)) continue;
+      if (stays(index, path)) continue;
       path.box.remove();
       this.paths.delete(index);
     }
+    this.section.hidden = !this.paths.size;
     this.entitle();
-    if (this.kind === "vote") this.count(list, summary.chosen);
+  }
+
+  /** On a narrow screen the paths are swiped, and the chosen one may be out of sight. */
+  showChosen(path) {
+    if (!path) return;
+    const left = path.box.getBoundingClientRect().left - this.list.getBoundingClientRect().left;
+    this.list.scrollLeft += left - parseFloat(getComputedStyle(this.list).paddingLeft);
   }
 
   /** One mark a vote, most votes first; the marks are a picture of the numbers beside them. */
