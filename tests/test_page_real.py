@@ -36,13 +36,15 @@ def real(writer: ScriptedWriter) -> Iterator[Running]:
 
 @pytest.fixture
 def page(window: tuple[Page, list[str]], real: Running, writer: ScriptedWriter) -> Iterator[Page]:
-    """At the first visit. No script may fail, and the server's policy may never be hurt."""
+    """At the first visit, with DeepThink pressed, so that no router decides. No script may fail, and the
+    server's policy may never be hurt."""
     opened, wrong = window
     wrong.clear()
     writer.say = lambda prompt, request: THOUGHT
     writer.size, writer.held, writer.cancelled = 3, None, 0
     writer.requests.clear()
     visit(opened, real)
+    opened.click("#think")
     yield opened
     opened.evaluate("localStorage.clear(); sessionStorage.clear()")
     assert not wrong
@@ -138,7 +140,7 @@ def test_every_option_is_taken(page: Page, writer: ScriptedWriter) -> None:
     page.click("#options-button")
     turn = finished(ask(page, "Prove that there are infinitely many primes."))
     expect(turn.locator(".note")).to_be_hidden()
-    expect(turn.locator(".route b")).to_have_text("Thinking model")
+    expect(turn.locator(".route b")).to_have_text("With thought")
     request = writer.requests[0]
     assert (request.max_tokens, request.temperature, request.alternatives) == (300, 0.7, 5)
     assert "calculator" in prompt(writer, 0)
@@ -150,13 +152,21 @@ def test_every_option_is_taken(page: Page, writer: ScriptedWriter) -> None:
     expect(page.get_by_role("tooltip")).to_contain_text("61 % · ln p −0.50")
 
 
-def test_the_calculator_answers(page: Page, writer: ScriptedWriter) -> None:
-    page.click("#options-button")
-    page.select_option("#route", "auto")
-    turn = finished(ask(page, "123456789 * 987654321"))
+@pytest.mark.parametrize("kind", ["sample", "vote"])
+@pytest.mark.parametrize(("example", "answer"), [("3.11 or 3.8", "3.8"), ("123456789", "121932631112635269")])
+def test_the_calculator_answers_the_examples(
+    page: Page, writer: ScriptedWriter, real: Running, kind: str, example: str, answer: str
+) -> None:
+    page.evaluate("localStorage.clear()")
+    visit(page, real)  # as the page is at first
+    page.select_option("#kind", kind)
+    page.click(f"#examples button >> text={example}")
+    page.click("#send")
+    turn = finished(page.locator(".turn.last"))
     expect(turn.locator(".route b")).to_have_text("Calculator")
     expect(turn.locator(".tools li")).to_contain_text("calculator")
-    expect(turn.locator(".answer-text")).to_contain_text("121932631112635269")
+    expect(turn.locator(":scope > .answer-text")).to_contain_text(answer)
+    expect(turn.locator(".paths")).to_be_hidden()
     assert writer.requests == []
 
 
@@ -227,6 +237,7 @@ def test_a_server_with_a_key(page: Page, writer: ScriptedWriter) -> None:
             page.get_by_role("button", name="Use key").click()
         expect(page.locator("#model option")).to_have_text(["qwen"])
         expect(page.locator("#key-form")).to_be_hidden()
+        page.click("#think")
         turn = finished(ask(page, "how many?"))
         expect(turn.locator(".answer-text")).to_have_text(SHOWN)
         page.evaluate("localStorage.clear(); sessionStorage.clear()")

@@ -3,7 +3,7 @@ import { Answer } from "./answer.js";
 import { Follow, Voice } from "./flow.js";
 import { closeTip, tipOpen } from "./ink.js";
 import { getKey, MOST_PATHS, set, setKey, settings, TOOLS } from "./settings.js";
-import { ask, listModels, Refusal } from "./wire.js";
+import { ask, listModels, Refusal, sendable } from "./wire.js";
 import { language, say, sayAll, setLanguage, words } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
@@ -38,17 +38,26 @@ function least() {
   return settings.atLeast ?? (typeof fits === "number" ? Math.max(1, Math.min(512, Math.floor(fits / 4))) : 512);
 }
 
+/** The way that is asked for: "none" where the switch alone decides, as it does on a server without a router. */
+const way = () => able("routes", [settings.route])[0] ?? "none";
+
+/** Whether it will think, as the switch shows it: "true", "false", or "mixed" where the router decides. */
+function thought() {
+  if (model()?.liubai?.thinking === false) return "false";
+  return { none: String(settings.thinking), fast: "false", think: "true" }[way()] ?? "mixed";
+}
+
 function body(asked, seed) {
-  const thinks = model()?.liubai?.thinking !== false, kind = able("paths", [settings.kind])[0];
+  const kind = able("paths", [settings.kind])[0], route = way();
   const made = { model: $("model").value, messages: messages(asked), stream: true, stream_options: { include_usage: true }, seed };
-  if (thinks) made.thinking = settings.thinking;
-  if (thinks && settings.thinking) {
+  if (route !== "none") made.route = route;
+  else if (model()?.liubai?.thinking !== false) made.thinking = settings.thinking;
+  if (thought() !== "false") {
     if (settings.budget) made.thinking_budget = settings.budget;
     if (settings.longer) made.think_at_least = settings.budget ? Math.min(least(), settings.budget) : least();
   }
   if (SEVERAL.includes(kind)) made.paths = { kind, [kind === "beam" ? "width" : "n"]: settings.n };
   else if (kind === "greedy") made.paths = { kind };
-  if (able("routes", [settings.route])[0] && settings.route !== "none") made.route = settings.route;
   const tools = able("tools", settings.tools);
   if (tools.length) made.use_tools = tools;
   if (settings.ink) Object.assign(made, { logprobs: true, top_logprobs: 5 });
@@ -116,6 +125,7 @@ function takeBack(answer) {
 }
 
 function retry(answer) {
+  if (!mended()) return;
   const asked = takeBack(answer);
   if (asked === null) return;
   question.focus();
@@ -147,8 +157,9 @@ function newChat() {
 
 function wantKey(answer) {
   pending = answer;
-  say($("key-why"), getKey() ? "keyWrong" : "keyAsk");
+  say($("key-why"), !getKey() ? "keyAsk" : sendable(getKey()) ? "keyWrong" : "keySigns");
   $("key-form").hidden = false;
+  show();
   $("key").focus();
 }
 
@@ -184,23 +195,45 @@ $("trouble-again").addEventListener("click", loadModels);
 
 // ---- the composer
 
+const numbers = [...document.querySelectorAll("[data-number]")];
+
+/** Whether a field has a number that may be sent, or nothing; else what it takes is said below it. */
+function checked(field) {
+  const fine = field.checkValidity();
+  field.setAttribute("aria-invalid", String(!fine));
+  $(`wrong-${field.dataset.number}`).hidden = fine;
+  return fine;
+}
+
+/** Nothing is sent while a number is wrong: the reader is led there. */
+function mended() {
+  const wrong = numbers.filter((field) => !checked(field));
+  if (!wrong.length) return true;
+  set("options", true);
+  show();
+  wrong[0].focus();
+  return false;
+}
+
 function choices(select, offered) {
   for (const option of select.options) option.hidden = option.disabled = !offered.includes(option.value);
 }
 
 /** Everything that depends on the settings, the model, and whether an answer is being written. */
 function show() {
-  const thinks = model()?.liubai?.thinking !== false;
   const kinds = able("paths", ["sample", "greedy", ...SEVERAL]), routes = ["none", ...able("routes", ["auto", "fast", "think", "tool"])];
   const offered = able("tools", TOOLS);
   $("send").hidden = Boolean(running);
   $("stop").hidden = !running;
   $("send").disabled = !question.value.trim() || !models.length;
-  $("think").setAttribute("aria-checked", String(thinks && settings.thinking));
-  $("think").disabled = !thinks;
-  $("think").title = thinks ? "" : words("cannotThink");
+  say($("send"), models.length ? "send" : $("key-form").hidden ? "sendNoModel" : "sendKey", [], "title");
+  $("model").closest("label").hidden = !$("model").length;
+  $("think").setAttribute("aria-checked", thought());
+  $("think").disabled = model()?.liubai?.thinking === false;
+  $("think").title = $("think").disabled ? words("cannotThink") : thought() === "mixed" ? words("thinkRouted") : "";
+  say($("think-name"), thought() === "mixed" ? "thinkAuto" : "think");
   $("longer").setAttribute("aria-checked", String(settings.longer));
-  $("longer").hidden = !thinks || !settings.thinking;
+  $("longer").hidden = thought() === "false";
   choices($("kind"), kinds.includes("sample") ? kinds : ["sample", ...kinds]);
   $("kind").value = kinds.includes(settings.kind) ? settings.kind : "sample";
   $("count").hidden = !SEVERAL.includes($("kind").value);
@@ -208,15 +241,16 @@ function show() {
   $("fewer").disabled = settings.n <= 2;
   $("more").disabled = settings.n >= MOST_PATHS;
   choices($("route"), routes);
-  $("route").value = routes.includes(settings.route) ? settings.route : "none";
+  $("route").value = way();
+  $("route-more").hidden = routes.length < 2;
   for (const box of document.querySelectorAll("[data-tool]")) {
     box.closest("label").hidden = !offered.includes(box.value);
     box.checked = settings.tools.includes(box.value);
   }
   $("no-tools").hidden = offered.length > 0;
   $("ink").checked = settings.ink;
-  for (const field of document.querySelectorAll("[data-number]")) {
-    if (document.activeElement !== field) field.value = settings[field.dataset.number] ?? "";
+  for (const field of numbers) {
+    if (document.activeElement !== field && field.checkValidity()) field.value = settings[field.dataset.number] ?? "";
   }
   $("options-button").setAttribute("aria-expanded", String(settings.options));
   $("options").hidden = !settings.options;
@@ -232,14 +266,19 @@ function grow() {
 
 function submit() {
   const asked = question.value.trim();
-  if (!asked || running || !models.length) return;
+  if (!models.length && !$("key-form").hidden) return void $("key").focus();
+  if (!asked || running || !models.length || !mended()) return;
   question.value = "";
   grow();
   send(asked);
 }
 
 const change = (id, event, name, value) => $(id).addEventListener(event, () => { set(name, value($(id))); show(); });
-change("think", "click", "thinking", () => !settings.thinking);
+$("think").addEventListener("click", () => {
+  set("thinking", thought() !== "true");
+  set("route", "none");  // who presses it wants it to hold
+  show();
+});
 change("longer", "click", "longer", () => !settings.longer);
 change("kind", "change", "kind", (select) => select.value);
 change("fewer", "click", "n", () => settings.n - 1);
@@ -247,10 +286,15 @@ change("more", "click", "n", () => settings.n + 1);
 change("route", "change", "route", (select) => select.value);
 change("model", "change", "model", (select) => select.value);
 change("options-button", "click", "options", () => !settings.options);
-for (const field of document.querySelectorAll("[data-number]")) {
+for (const field of numbers) {
+  const range = [Number(field.min), Number(field.max)];
+  say($(`wrong-${field.dataset.number}`), field.step === "any" ? "anyNumber" : "wholeNumber", range);
   field.addEventListener("input", () => {
-    set(field.dataset.number, field.value.trim() && field.checkValidity() ? Number(field.value) : null);
+    const fine = field.checkValidity();
+    set(field.dataset.number, field.value.trim() && fine ? Number(field.value) : null);
+    if (fine) checked(field);
   });
+  field.addEventListener("change", () => checked(field));  // not while it is being typed
 }
 for (const box of document.querySelectorAll("[data-tool]")) {
   box.addEventListener("change", () => set("tools", [...document.querySelectorAll("[data-tool]:checked")].map((one) => one.value)));

@@ -22,7 +22,7 @@ const SETTINGS = {
   temperature: [null, orNothing(between(0, 2, false))],
   kind: ["sample", oneOf(...KINDS)],
   n: [5, between(2, MOST_PATHS)],
-  route: ["none", oneOf(...ROUTES)],
+  route: ["auto", oneOf(...ROUTES)],
   tools: [[], (value) => Array.isArray(value) && value.every((tool) => TOOLS.includes(tool))],
   ink: [false, flag],
   folded: [false, flag],

@@ -11,7 +11,11 @@ export class Refusal extends Error {
   }
 }
 
+/** Whether a browser can send `key`, and a server can have it. */
+export const sendable = (key) => /^[\x20-\x7e]*$/.test(key);
+
 function headers(key) {
+  if (!sendable(key)) throw new Refusal("key");  // `fetch` would throw, as if there were no server
   return key ? { "Content-Type": "application/json", Authorization: `Bearer ${key}` } : { "Content-Type": "application/json" };
 }
 
