@@ -227,6 +227,31 @@ def test_the_bars_are_the_interval_itself(tmp_path: Path, scripted: dict[str, fl
     assert bars[1][0] == dots[1]
 
 
+@pytest.mark.usefixtures("quiet")
+def test_the_report_claims_no_difference_that_the_pairs_do_not_bear(
+    tmp_path: Path, scripted: dict[str, float]
+) -> None:
+    """Two summaries of 20 fewer are chance; of the same documents five fewer are not, though the two rates'
+    intervals meet."""
+    scripted |= {"base": 0.5, "zero": 0.4}
+    part = looked_at(tmp_path / "few", scripted)
+    assert part is not None
+    assert part.finding == (
+        "40.0% of <zero>'s summaries say what the passage does not, within the noise of <base>'s 50.0%."
+    )
+    scripted["zero"] = 0.25
+    part = looked_at(tmp_path / "more", scripted)
+    assert part is not None
+    assert "fewer than <base>'s 50.0%." in part.finding
+    assert wilson(10, 20)[0] < wilson(5, 20)[1]
+    for path in sorted((tmp_path / "more").glob("*look*/hallucination.json")):  # as others may have kept it
+        told = json.loads(path.read_text())
+        path.write_text(json.dumps({k: v for k, v in told.items() if k != "verdicts"}))
+    part = section(read_run(tmp_path / "more"))
+    assert part is not None
+    assert "within the noise" in part.finding
+
+
 def told_by(
     label: str, rate: float, thinking: bool = True, over: tuple[str, float, float] | None = None
 ) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from liubai.measure.hallucination import compare
 from liubai.report.bridge_draw import Series, Spread, Spreads, spread, style
 from liubai.report.read import Curve, Run, Stage, number, read_object
 from liubai.report.section import Section
@@ -41,26 +42,54 @@ def _finding(told: Sequence[dict[str, Any]]) -> str:
     last one says without a thought."""
     stopped = [f"{each['label']} did not pass its gate: {each['gate']}." for each in told if each.get("gate")]
     known = [
-        (str(each.get("label", "")), rate)
+        (each, str(each.get("label", "")), rate)
         for each in _thinking(told)
         if (rate := number(each.get("rate"))) is not None
     ]
     if not known:
         said = "No summary could be judged."
-    elif len(known) == 1 or max(rate for _, rate in known) == 0:
-        said = f"{known[-1][1]:.1%} of {known[-1][0]}'s summaries say what the passage does not."
+    elif len(known) == 1 or max(rate for *_, rate in known) == 0:
+        _, last, rate = known[-1]
+        said = f"{_percent(rate)} of {last}'s summaries say what the passage does not."
     else:
-        (first, began), (last, ended) = known[0], known[-1]
-        way = "fewer than" if ended < began else "more than" if ended > began else "as many as"
-        said = (
-            f"{ended:.1%} of {last}'s summaries say what the passage does not, {way} {first}'s {began:.1%}."
-        )
+        (before, first, began), (after, last, ended) = known[0], known[-1]
+        way = {
+            -1: f"fewer than {first}'s {_percent(began)}",
+            0: f"within the noise of {first}'s {_percent(began)}",
+            1: f"more than {first}'s {_percent(began)}",
+        }[_apart(before, after)]
+        said = f"{_percent(ended)} of {last}'s summaries say what the passage does not, {way}."
     return " ".join(sentence for sentence in (*stopped, said, _steps(told), _without(told)) if sentence)
 
 
 def _thinking(told: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Those with a thought; all of them where there are none."""
     return [each for each in told if each.get("thinking", True)] or told
+
+
+def _apart(before: dict[str, Any], after: dict[str, Any]) -> int:
+    """1 when ``after`` says too much more often than ``before``, beyond chance, −1 when less often, 0 when
+    that is not known: by the paired interval over the documents that both answered; where no verdicts of the
+    same were kept, by whether the two rates' own intervals meet."""
+    ours, theirs = after.get("verdicts"), before.get("verdicts")
+    same = all(after.get(key) == before.get(key) for key in ("documents_digest", "scorer", "temperature"))
+    low: float | None
+    if same and isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        ours, theirs = ([v if isinstance(v, bool) else None for v in some] for some in (ours, theirs))
+        low, high = compare(ours, theirs)["interval"] or (None, None)
+    else:
+        (a, b), (c, d) = (_ends(each.get("interval")) for each in (before, after))
+        known = None not in (a, b, c, d)
+        low, high = (c - b, d - a) if known else (None, None)  # type: ignore[operator]
+    if low is None or high is None:
+        return 0
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def _ends(interval: object) -> tuple[float | None, float | None]:
+    if not isinstance(interval, list) or len(interval) != 2:
+        return None, None
+    return number(interval[0]), number(interval[1])
 
 
 def _steps(told: Sequence[dict[str, Any]]) -> str:
