@@ -187,10 +187,17 @@ def _run(
         again = shlex.join([_program(), *sys.argv[1:]])
         print(f"liubai: stopped; what was saved is in {folder}; to continue: {again}", file=sys.stderr)
         raise typer.Exit(130) from None
-    from liubai.report import headline, write_report
+    _report(folder)
 
-    page = write_report(folder)
-    print(headline(folder))
+
+def _report(run: Path) -> None:
+    """Write the page; say what the run found, and on stderr what it has lost."""
+    from liubai.report import damaged, headline, write_report
+
+    page = write_report(run)
+    for note in damaged(run):
+        print(f"liubai: note: {note}", file=sys.stderr)
+    print(headline(run))
     print(f"report: {page}")
 
 
@@ -249,12 +256,10 @@ def report(
     """Write the report of a run again."""
     if not (run / "recipe.toml").is_file():
         raise UserError(f"'{run}' is not a run folder: it has no recipe.toml")
-    from liubai.report import headline, save_figure, write_report
-
-    page = write_report(run)
-    print(headline(run))
-    print(f"report: {page}")
+    _report(run)
     if png:
+        from liubai.report import save_figure
+
         print(f"figure: {save_figure(run, png)}")
 
 

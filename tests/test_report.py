@@ -13,6 +13,7 @@ import pytest
 from fake_run import lines, rl_rows, write_eval, write_fake_run
 from html_page import Page
 
+from liubai.cli import report
 from liubai.errors import UserError
 from liubai.report import headline, save_figure, write_report
 from liubai.report.answers import chosen_steps
@@ -240,6 +241,35 @@ def test_steps_that_a_resumed_run_wrote_again_count_once(tmp_path: Path) -> None
     stage = read_run(run).stage("zero")
     assert stage is not None
     assert stage.curve("accuracy") == Curve((1.0, 2.0, 3.0), (0.1, 0.2, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "text", "said"),
+    [
+        ("3-zero-after", "eval.json", "{oops", "Cannot read 3-zero-after/eval.json."),
+        ("3-zero-after", "eval.json", "{}", "“zero-after” is done but its eval.json is empty."),
+        ("3-zero-after", "eval.json", None, "“zero-after” is done but its eval.json is missing."),
+        ("2-zero", "metrics.jsonl", "{oops\n", "1 unreadable line was skipped in 2-zero/metrics.jsonl."),
+        ("4-look", "bridge.json", "{}", "“look” is done but its bridge.json is empty."),
+        ("4-look", "bridge.json", None, "“look” is done but its bridge.json is missing."),
+    ],
+)
+def test_what_a_finished_stage_has_lost_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str, name: str, text: str | None, said: str
+) -> None:
+    run = write_fake_run(tmp_path / "run")
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text() + '[stages.look]\nkind = "bridge"\nfrom = "zero"\n')
+    (run / "4-look").mkdir()
+    (run / "4-look" / "DONE").write_text("{}")
+    (run / "4-look" / "bridge.json").write_text('{"label": "zero"}')
+    report(run)
+    assert capsys.readouterr().err == ""
+    (run / folder / name).write_text(text) if text is not None else (run / folder / name).unlink()
+    report(run)
+    assert f"{said}\n" in capsys.readouterr().err
+    shown = Page((run / "report.html").read_text(encoding="utf-8"))
+    assert said in shown.text["missing"]
 
 
 def test_null_and_nan_leave_a_gap(tmp_path: Path) -> None:

@@ -243,5 +243,31 @@ def test_the_command_writes_what_the_report_shows(run: Path, tmp_path: Path) -> 
     assert "<b>a &lt;b&gt;</b>" in shown.body
 
 
+def test_what_cannot_be_read_is_named_before_no_series_is_found(run: Path) -> None:
+    """Points that are not there for damage are otherwise as if the stage had never been."""
+    app = typer.Typer()
+    app.command()(scaling)
+    for folder in run.glob("*-*"):
+        (folder / "DONE").write_text("{}")
+    assert CliRunner().invoke(app, [str(run), "--draws", "20"]).stderr == ""
+    (run / "3-vote1" / "eval.json").write_text("{oops")
+    (run / "4-vote2" / "eval.json").write_text("{}")
+    (run / "5-vote4" / "eval.json").unlink()
+    metrics = run / "2-zero" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step":\n')
+    (run / "1-base" / "metrics.jsonl").write_text("oops")
+    result = CliRunner().invoke(app, [str(run), "--series", "vote"])
+    assert isinstance(result.exception, UserError)
+    notes = [note.removeprefix("liubai: note: ") for note in result.stderr.splitlines()]
+    assert notes == [
+        f"'{run}/1-base/metrics.jsonl' has no readable line",
+        f"'{metrics}' has 1 unreadable line, left out",
+        notes[2],
+        f"'{run}/4-vote2/eval.json' is empty",
+        f"'{run}/5-vote4/eval.json' is missing",
+    ]
+    assert notes[2].startswith(f"cannot read '{run}/3-vote1/eval.json': ")
+
+
 def test_a_run_without_fits_has_no_part_in_the_report(run: Path) -> None:
     assert section(read_run(run)) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ def scaling(
     """
     from liubai.errors import UserError
     from liubai.files import write_json
-    from liubai.measure.scaling_points import of_file, of_runs
+    from liubai.measure.scaling_points import damaged, of_file, of_runs
     from liubai.measure.scaling_verdict import analyse
     from liubai.measure.scaling_verdict import as_json as told
     from liubai.problems.rows import is_rows
@@ -38,6 +39,8 @@ def scaling(
     runs = [Path(name) for name in what if name not in tables]
     if keep and (tables or len(runs) != 1):
         raise UserError("--keep writes to the folder of one run; name one run, and no file")
+    for lost in damaged(runs):
+        print(f"liubai: note: {lost}", file=sys.stderr)
     points = [point for name in tables for point in of_file(name)]
     points += of_runs(runs) if runs else []
     if series:

@@ -112,6 +112,43 @@ def of_runs(runs: Sequence[Path], names: Iterable[str] | None = None) -> list[Po
     return points
 
 
+def damaged(runs: Sequence[Path], names: Iterable[str] | None = None) -> list[str]:
+    """Why finished stages (all, or those called ``names``) have no points, or fewer: a sentence for each file
+    that is not there or cannot be read. Raises ``UserError`` for a folder that is no run."""
+    wanted = None if names is None else set(names)
+    said = []
+    for run in runs:
+        for name, (folder, table) in _stages(run).items():
+            kind = table.get("kind")
+            if (folder / "DONE").exists() and (wanted is None or name in wanted):
+                if kind == "eval":
+                    said += [_lost(folder / "eval.json"), _lost(folder / "scores.json", must=False)]
+                elif kind in LEAVES:
+                    said += [_lines_lost(folder / "metrics.jsonl")]
+                    if not (kept := folder / LEAVES[kind]).is_dir():
+                        said += [f"'{kept}' is missing, so the stage's compute is not known"]
+    return [sentence for sentence in said if sentence]
+
+
+def _lost(path: Path, must: bool = True) -> str:
+    try:
+        return "" if read_json(path) else f"'{path}' is empty"
+    except FileNotFoundError:
+        return f"'{path}' is missing" if must else ""
+    except (OSError, ValueError) as error:
+        return f"cannot read '{path}': {error}"
+
+
+def _lines_lost(path: Path) -> str:
+    if not path.is_file():
+        return f"'{path}' is missing"
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    broken = len(lines) - sum(_row(line) is not None for line in lines)
+    if broken == len(lines):
+        return f"'{path}' has no readable line"
+    return f"'{path}' has {broken} unreadable line{'s' * (broken > 1)}, left out" if broken else ""
+
+
 def _stages(run: Path) -> dict[str, Stage]:
     """Those that have a folder, in the recipe's order."""
     recipe = run / "recipe.toml"
@@ -295,13 +332,18 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and _finite(row.get("step")):
+        if row := _row(line):
             found[int(row["step"])] = {key: value for key, value in row.items() if _finite(value)}
     return [found[step] for step in sorted(found)]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """``None`` for a line that is no row of a step."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and _finite(row.get("step")) else None
 
 
 def _has(row: Mapping[str, Any], *keys: str) -> bool:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from liubai.report.figure import save_figure
     from liubai.report.page import write_report
-    from liubai.report.terminal import headline
+    from liubai.report.terminal import damaged, headline
 
-__all__ = ["headline", "save_figure", "write_report"]
+__all__ = ["damaged", "headline", "save_figure", "write_report"]
 
-_HOMES = {"headline": "terminal", "save_figure": "figure", "write_report": "page"}
+_HOMES = {"damaged": "terminal", "headline": "terminal", "save_figure": "figure", "write_report": "page"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from liubai.measure.attention import KINDS
 from liubai.report.charts import stage_style
-from liubai.report.read import Curve, Run, number, read_object
+from liubai.report.read import Curve, Run, number
 from liubai.report.section import Section
 from liubai.report.svg import Chart, Line
 
@@ -23,11 +23,7 @@ INK = (0x17, 0x35, 0x5E)  #: the colour of a weight of 1; 0 is white
 
 def section(run: Run) -> Section | None:
     """``None`` when no stage has looked."""
-    found = [
-        told
-        for stage in run.of_kind("attention")
-        if stage.folder and (told := read_object(stage.folder / "attention.json", run.notes))
-    ]
+    found = [told for stage in run.of_kind("attention") if (told := stage.result)]
     if not found:
         return None
     charts = [chart for place, told in enumerate(found) for chart in _charts(place, told)]

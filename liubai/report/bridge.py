@@ -14,7 +14,7 @@ from liubai.files import write_text
 from liubai.report.bridge_charts import Found, at, bits, charts, label
 from liubai.report.bridge_draw import style
 from liubai.report.bridge_view import tables, thoughts
-from liubai.report.read import Run, read_object
+from liubai.report.read import Run
 from liubai.report.section import Section
 from liubai.report.svg import Chart
 
@@ -23,11 +23,7 @@ HERE = Path(__file__).parent
 
 def section(run: Run) -> Section | None:
     """``None`` when no stage has measured thoughts."""
-    found = [
-        told
-        for stage in run.of_kind("bridge")
-        if stage.folder and (told := read_object(stage.folder / "bridge.json", run.notes))
-    ]
+    found = [told for stage in run.of_kind("bridge") if (told := stage.result)]
     return section_of(found) if found else None
 
 

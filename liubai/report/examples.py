@@ -32,7 +32,7 @@ class SampleTable:
 
 def sample_table(run: Run) -> SampleTable | None:
     """What became of the sampled answers, from each sample.json; ``None`` when there is none."""
-    found = [(s, s.sampled) for s in run.of_kind("sample") if s.sampled]
+    found = [(s, s.result) for s in run.of_kind("sample") if s.result]
     if not found:
         return None
     dropped = [d if isinstance(d := kept.get("dropped"), dict) else {} for _, kept in found]

@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 from liubai.measure.hallucination import compare
 from liubai.report.bridge_draw import Series, Spread, Spreads, spread, style
-from liubai.report.read import Curve, Run, Stage, number, read_object
+from liubai.report.read import Curve, Run, Stage, number
 from liubai.report.section import Section
 from liubai.report.svg import Chart, Line
 
@@ -24,11 +24,7 @@ FOUND = {
 
 def section(run: Run) -> Section | None:
     """``None`` when no stage has looked."""
-    found = [
-        (stage, told)
-        for stage in run.of_kind("hallucination")
-        if stage.folder and (told := read_object(stage.folder / "hallucination.json", run.notes))
-    ]
+    found = [(stage, told) for stage in run.of_kind("hallucination") if (told := stage.result)]
     if not found:
         return None
     results = [each for _, each in found]

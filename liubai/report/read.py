@@ -36,6 +36,18 @@ WITHOUT_MODEL = (
     "thinker",
 )
 
+#: What the stages of a kind have found, and in which file: without it they do not show in the report.
+RESULTS = {
+    "eval": "eval.json",
+    "sample": "sample.json",
+    "bridge": "bridge.json",
+    "attention": "attention.json",
+    "whitebox": "whitebox.json",
+    "hallucination": "hallucination.json",
+    "scaling": "scaling.json",
+    "thinker": "thinker.json",
+}
+
 _FOLDER = re.compile(r"(\d+)-(.+)")
 
 
@@ -68,8 +80,7 @@ class Stage:
     rows: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    result: dict[str, Any] | None = None  #: eval.json
-    sampled: dict[str, Any] | None = None  #: sample.json
+    result: dict[str, Any] | None = None  #: the file of :data:`RESULTS`
     done: dict[str, Any] | None = None  #: DONE
 
     @property
@@ -106,7 +117,8 @@ class Stage:
 
 @dataclass(slots=True)
 class Run:
-    """A run folder: stages in the recipe's order."""
+    """A run folder: stages in the recipe's order. ``damage`` are those of the ``notes`` that say what of a
+    finished stage is not there or cannot be read."""
 
     path: Path
     recipe_text: str
@@ -114,6 +126,7 @@ class Run:
     stages: list[Stage]
     notes: list[str]
     environment: dict[str, Any] | None  #: environment.json, when the runner wrote one
+    damage: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -152,12 +165,15 @@ def read_run(path: Path) -> Run:
         raise UserError(f"'{recipe_path}' names no stages: it needs [stages.<name>] tables")
     notes: list[str] = []
     folders = {m[2]: p for p in sorted(path.iterdir()) if p.is_dir() and (m := _FOLDER.fullmatch(p.name))}
-    stages = [_read_stage(name, tables, folders.get(name), notes) for name in tables]
+    damage: list[str] = []
+    stages = [_read_stage(name, tables, folders.get(name), notes, damage) for name in tables]
     environment = read_object(path / "environment.json", notes)
-    return Run(path, text, recipe, stages, notes, environment)
+    return Run(path, text, recipe, stages, notes, environment, damage)
 
 
-def _read_stage(name: str, tables: dict[str, dict[str, Any]], folder: Path | None, notes: list[str]) -> Stage:
+def _read_stage(
+    name: str, tables: dict[str, dict[str, Any]], folder: Path | None, notes: list[str], damage: list[str]
+) -> Stage:
     kind = str(tables[name].get("kind", ""))
     origin = tables[name].get("from") or []  # one name, or the resolved recipe's list of names
     parents = tuple(map(str, origin if isinstance(origin, list) else [origin]))
@@ -167,24 +183,29 @@ def _read_stage(name: str, tables: dict[str, dict[str, Any]], folder: Path | Non
     if folder is None:
         notes.append(f"The stage “{name}” ({kind}) has not started.")
         return stage
-    stage.rows = _by_step(_read_lines(folder / "metrics.jsonl", notes))
-    stage.samples = list(_read_lines(folder / "samples.jsonl", notes))
-    warnings = [str(w.get("message", w)) for w in _read_lines(folder / "warnings.jsonl", notes)]
+    said: list[str] = []
+    stage.rows = _by_step(_read_lines(folder / "metrics.jsonl", said))
+    stage.samples = list(_read_lines(folder / "samples.jsonl", said))
+    warnings = [str(w.get("message", w)) for w in _read_lines(folder / "warnings.jsonl", said)]
     stage.warnings = list(dict.fromkeys(warnings))
-    stage.result = read_object(folder / "eval.json", notes)
-    stage.sampled = read_object(folder / "sample.json", notes)
-    stage.done = read_object(folder / "DONE", notes)
+    result = RESULTS.get(kind)
+    if result:
+        stage.result = read_object(folder / result, said)
+    stage.done = read_object(folder / "DONE", said)
     if (folder / "DONE").exists() and stage.done is None:
         stage.done = {}  # an unreadable mark is still a mark
     if stage.done is None:
         so_far = f" {stage.steps} steps so far." if stage.rows else ""
-        notes.append(f"The stage “{name}” ({kind}) is not finished: running, or interrupted.{so_far}")
-    elif kind == "eval" and stage.result is None:
-        notes.append(f"The stage “{name}” is done but its eval.json is missing.")
-    elif kind == "sample" and stage.sampled is None:
-        notes.append(f"The stage “{name}” is done but its sample.json is missing.")
-    elif kind in ("pretrain", *REINFORCED, *IMITATING, *JUDGING) and not stage.rows:
-        notes.append(f"The stage “{name}” is done but has no metrics.")
+        said.append(f"The stage “{name}” ({kind}) is not finished: running, or interrupted.{so_far}")
+    else:
+        if result and not (folder / result).exists():
+            said.append(f"The stage “{name}” is done but its {result} is missing.")
+        elif stage.result == {}:
+            said.append(f"The stage “{name}” is done but its {result} is empty.")
+        elif kind in ("pretrain", *REINFORCED, *IMITATING, *JUDGING) and not stage.rows:
+            said.append(f"The stage “{name}” is done but has no metrics.")
+        damage += said
+    notes += said
     return stage
 
 

@@ -19,8 +19,8 @@ SHOWN = 8  #: series that are drawn
 
 def section(run: Run) -> Section | None:
     """``None`` when no stage has fitted and nobody has kept the fits of `liubai scaling RUN --keep`."""
-    places = [stage.folder for stage in run.of_kind("scaling") if stage.folder]
-    told = [read_object(place / "scaling.json", run.notes) for place in [*places, run.path]]
+    told = [stage.result for stage in run.of_kind("scaling")]
+    told.append(read_object(run.path / "scaling.json", run.notes))
     series = [one for found in told if found for one in found.get("series", []) if isinstance(one, dict)]
     if not series:
         return None

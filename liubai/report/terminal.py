@@ -37,6 +37,12 @@ def headline(run: Path) -> str:
     return align(cells)
 
 
+def damaged(run: Path) -> list[str]:
+    """What finished stages have lost: a sentence for each result that is not there or cannot be read. Raises
+    ``UserError`` when ``run`` is not a run folder."""
+    return read_run(run).damage
+
+
 def align(cells: Sequence[Sequence[str]]) -> str:
     """Columns of equal width, the first flush left; Chinese characters are two columns wide."""
     widths = [max(wide(row[i]) for row in cells) for i in range(len(cells[0]))]

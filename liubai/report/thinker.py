@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from liubai.report.read import Run, number, read_object
+from liubai.report.read import Run, number
 from liubai.report.section import Section
 
 HERE = Path(__file__).parent
@@ -19,11 +19,7 @@ HERE = Path(__file__).parent
 
 def section(run: Run) -> Section | None:
     """``None`` when no stage has brought a model."""
-    brought = [
-        told
-        for stage in run.of_kind("thinker")
-        if stage.folder and (told := read_object(stage.folder / "thinker.json", run.notes))
-    ]
+    brought = [told for stage in run.of_kind("thinker") if (told := stage.result)]
     found = [told for told in brought if isinstance(told.get("models"), list) and told["models"]]
     if not found:
         return None

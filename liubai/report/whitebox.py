@@ -7,18 +7,14 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from liubai.report.charts import stage_style
-from liubai.report.read import Curve, Run, number, read_object
+from liubai.report.read import Curve, Run, number
 from liubai.report.section import Section
 from liubai.report.svg import Chart, Line
 
 
 def section(run: Run) -> Section | None:
     """``None`` when no stage has looked."""
-    found = [
-        told
-        for stage in run.of_kind("whitebox")
-        if stage.folder and (told := read_object(stage.folder / "whitebox.json", run.notes))
-    ]
+    found = [told for stage in run.of_kind("whitebox") if (told := stage.result)]
     if not found:
         return None
     charts = [

@@ -7,7 +7,7 @@ from pydantic import Field
 from liubai.errors import UserError
 from liubai.files import write_json
 from liubai.measure.scaling import DRAWS
-from liubai.measure.scaling_points import of_runs
+from liubai.measure.scaling_points import damaged, of_runs
 from liubai.measure.scaling_verdict import analyse, as_json
 from liubai.seeds import derive
 from liubai.stages.config import StageConfig
@@ -23,6 +23,8 @@ class Config(StageConfig):
 def run(config: Config, context: Context) -> None:
     if not context.inputs:
         raise UserError(f"stage '{context.stage}' reads the stages that its 'from' names, and it names none")
+    for lost in damaged([context.folder.parent], context.inputs):
+        context.warn(lost)
     points = of_runs([context.folder.parent], context.inputs)
     found = analyse(points, config.draws, derive(context.seed, "scaling"))
     write_json(context.folder / RESULT, {"series": [as_json(series) for series in found]})
