@@ -231,6 +231,15 @@ BASE = '[stages.base]\nkind = "toy"\nsteps = 8\n'
             BASE + "from = 3",
             "{}: 'stages.base.from': must be the name of a stage, or a list of names, not 3",
         ),
+        (
+            BASE + '[stages.fit]\nkind = "scaling"\nfrom = ["base"]',
+            "{}: 'stages.fit.from': stage 'base' (toy) has no curve; scaling reads stages of the kinds "
+            "pretrain, rl, ppo, eval",
+        ),
+        (
+            '[stages.fit]\nkind = "scaling"',
+            "{}: 'stages.fit.from': scaling reads the stages that its 'from' names, and it names none",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:

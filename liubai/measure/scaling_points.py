@@ -30,6 +30,7 @@ from liubai.problems.rows import read_rows
 
 REINFORCED = ("rl", "ppo")
 PRACTISED = (*REINFORCED, "distill")  #: learn from what they write: a row has the tokens of its step
+CURVED = ("pretrain", *REINFORCED, "eval")  #: kinds that there are points of
 TAUGHT = ("pretrain", "sft", "dpo", "reward_model", "process")  #: a row has the tokens read up to there
 LEAVES = dict.fromkeys((*PRACTISED, *TAUGHT), "checkpoint")  #: the folder of what has learned
 LEAVES |= {"reward_model": "reward_model", "process": "process_model"}

@@ -201,7 +201,7 @@ class _Checker:
             self._fail("stages", "a recipe needs at least one table [stages.NAME]")
         plans: list[StagePlan] = []
         for stage, table in stages.items():
-            plans.append(self._stage(stage, table, [plan.name for plan in plans], list(stages)))
+            plans.append(self._stage(stage, table, {plan.name: plan.kind for plan in plans}, list(stages)))
         return Recipe(name, seed, threads, tuple(plans))
 
     def _integer(self, raw: dict[str, Any], key: str, end: int) -> int:
@@ -210,7 +210,7 @@ class _Checker:
             self._fail(key, f"must be a whole number from 0 to {end - 1}, not {_show(value)}")
         return value
 
-    def _stage(self, name: str, table: Any, earlier: list[str], names: list[str]) -> StagePlan:
+    def _stage(self, name: str, table: Any, earlier: dict[str, str], names: list[str]) -> StagePlan:
         key = f"stages.{name}"
         if not STAGE_NAME.fullmatch(name):
             self._fail(key, "the name of a stage must be letters, digits, '_' and '-'")
@@ -226,8 +226,12 @@ class _Checker:
             module = stage_module(kind)
         except UserError as error:
             self._fail(f"{key}.kind", str(error))
-        parents = self._parents(f"{key}.from", name, options.pop("from", []), earlier, names)
+        parents = self._parents(f"{key}.from", name, options.pop("from", []), list(earlier), names)
         config = self._config(key, module.Config, options).located(self._path.parent)
+        try:
+            config.require_parents({parent: earlier[parent] for parent in parents})
+        except ValueError as error:
+            self._fail(f"{key}.from", str(error))
         return StagePlan(name, kind, parents, config)
 
     def _parents(

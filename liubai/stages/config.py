@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -34,6 +34,10 @@ class StageConfig(BaseModel):
     def outside(self) -> dict[str, str]:
         """Digests of what the stage reads that is not an earlier stage's: part of its fingerprint."""
         return {}
+
+    def require_parents(self, kinds: Mapping[str, str]) -> None:
+        """Can the stage begin from these earlier ones, name -> kind? Raises ``ValueError`` where the kind
+        says that it cannot."""
 
     def located(self, folder: Path) -> StageConfig:
         """The same, with paths relative to ``folder``, where the recipe stands, made absolute."""
