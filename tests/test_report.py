@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,19 @@ def test_unfinished_runs_say_what_is_missing(tmp_path: Path, kept: int) -> None:
         assert f"“{name}”" in shown.text["missing"]
     if kept == 0:
         assert "nothing has been evaluated" in headline(run)
+
+
+def test_a_run_of_instruments_alone_is_a_whole_one(tmp_path: Path) -> None:
+    """What its recipe never asked for is not missing, and what it found is its result."""
+    (tmp_path / "1-look").mkdir()
+    (tmp_path / "recipe.toml").write_text('[stages.look]\nkind = "hallucination"\nmodel = "m"\n')
+    told = {"label": "Base", "rate": 0.25, "interval": [0.2, 0.3]}
+    (tmp_path / "1-look" / "hallucination.json").write_text(json.dumps(told))
+    (tmp_path / "1-look" / "DONE").write_text("{}")
+    shown = page(tmp_path)
+    assert unescape(headline_sentence(tmp_path)) == headline(tmp_path)
+    assert not {"missing", *SECTIONS[:9]} & set(shown.ids)
+    assert {"hallucination", "run"} <= set(shown.ids)
 
 
 def test_a_stage_that_was_killed_mid_write(tmp_path: Path) -> None:

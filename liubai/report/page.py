@@ -10,6 +10,7 @@ import base64
 import hashlib
 import os
 import platform
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,7 @@ from liubai.report.charts import panel_charts, pass_chart, pretrain_charts, stor
 from liubai.report.examples import example_charts, sample_table
 from liubai.report.instruments import sections
 from liubai.report.read import IMITATING, JUDGING, Run, Stage, number, read_run
+from liubai.report.section import Section
 from liubai.report.stages import origin, pipeline_sentence, stage_charts, stage_table
 from liubai.report.story import (
     Evaluated,
@@ -68,7 +70,8 @@ def render(run: Run) -> str:
         style=Markup((here / "page.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
         script_hashes=[_hash(script) for script in scripts],
-        sentence=pipeline_sentence(run) or sentence(run),
+        sentence=pipeline_sentence(run) or sentence(run) or _found(parts),
+        has={kind: bool(run.of_kind(kind)) for kind in ("eval", "rl", "pretrain")},
         facts=_facts(run, reinforced),
         missing=_missing(run, reinforced),
         evaluated=evaluated,
@@ -99,6 +102,13 @@ def render(run: Run) -> str:
         environment=_environment(run),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def _found(parts: Sequence[Section]) -> str:
+    """The title of a run that tells no story of its own: what its first instrument found."""
+    if parts:
+        return f"{parts[0].title}: {parts[0].finding}"
+    return "This run has no result yet: what is here so far is shown below."
 
 
 def _hash(script: str) -> str:
@@ -146,9 +156,7 @@ def _missing(run: Run, reinforced: list[Stage]) -> list[str]:
     """What a reader would look for and not find, most important first."""
     notes = list(run.notes)
     evaluated = evaluations(run)
-    if not run.of_kind("rl"):
-        notes.append("The recipe has no rl stage: there are no learning curves.")
-    elif evaluated and pair(run) is None:
+    if run.of_kind("rl") and evaluated and pair(run) is None:
         lacking = "before" if any(e.after for e in evaluated) else "after"
         notes.append(f"No evaluation {lacking} reinforcement learning: there is no before and after.")
     notes += [f"“{s.name}” has no probe samples." for s in reinforced if not probe_questions(s)]

@@ -168,7 +168,8 @@ def take_off(reflections: Curve) -> int | None:
 
 
 def sentence(run: Run) -> str:
-    """The result in one sentence, from what is there."""
+    """The result in one sentence, from what is there; "" where nothing was evaluated or learned from
+    rewards."""
     both = pair(run)
     rl = run.of_kind("rl")
     if both is not None:
@@ -183,7 +184,15 @@ def sentence(run: Run) -> str:
             change = f"{show(known[0][1], '%')} to {show(known[-1][1], '%')}"
             said = f"the accuracy of the training answers went from {change}"
             return f"So far, in {rl[0].steps} steps, {said}{_took_off(rl[0])}."
-    return "This run has no result yet: what is here so far is shown below."
+    if evaluated := evaluations(run):
+        last = evaluated[-1]
+        told = [
+            f"{label} {show(value, form)}"
+            for key, label, form in (("pass@1", "pass@1", "%"), ("mean_tokens", "mean tokens", "1"))
+            if (value := last.value(key)) is not None
+        ]
+        return f"{last.label}: {', '.join(told)}." if told else ""
+    return ""
 
 
 def changes(before: Evaluated, after: Evaluated) -> str:
