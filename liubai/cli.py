@@ -27,7 +27,7 @@ from liubai.commands.hallucination import hallucination
 from liubai.commands.plan import plan
 from liubai.commands.scaling import scaling
 from liubai.commands.serve import serve
-from liubai.commands.shared import Elsewhere, checkpoint_folder, table
+from liubai.commands.shared import Elsewhere, checkpoint_folder, place_for, table
 from liubai.commands.whitebox import whitebox
 from liubai.errors import UserError
 from liubai.model.config import Dtype
@@ -256,6 +256,8 @@ def report(
     """Write the report of a run again."""
     if not (run / "recipe.toml").is_file():
         raise UserError(f"'{run}' is not a run folder: it has no recipe.toml")
+    if png:
+        place_for(png, ".png", "a figure")
     _report(run)
     if png:
         from liubai.report import save_figure

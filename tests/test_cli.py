@@ -132,6 +132,7 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         return folder / "report.html"
 
     monkeypatch.setattr("liubai.report.write_report", write_report, raising=False)
+    monkeypatch.setattr("liubai.report.damaged", lambda folder: [], raising=False)
     monkeypatch.setattr("liubai.report.headline", lambda folder: f"HEADLINE {folder}", raising=False)
     return written
 
@@ -210,6 +211,27 @@ def test_report_rewrites(liubai_: Any, reports: list[Path], tmp_path: Path) -> N
     (tmp_path / "recipe.toml").write_text("")
     result = liubai_("report", str(tmp_path))
     assert (result.code, result.out) == (0, f"HEADLINE {tmp_path}\nreport: {tmp_path / 'report.html'}\n")
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("command", ["report", "bridge", "hallucination"])
+def test_where_a_file_cannot_be_written_is_said_first(
+    liubai_: Any, reports: list[Path], tmp_path: Path, command: str
+) -> None:
+    """Before any work: neither the checkpoint nor the run has to be there to learn of it."""
+    (tmp_path / "recipe.toml").write_text("")
+    option, ending = {"report": ("--png", "png"), "bridge": ("--out", "html")}.get(command, ("--out", ""))
+    asked = [command, str(tmp_path), *(["--problems", "chain"] if command == "bridge" else []), option]
+    assert f"there is no folder '{tmp_path}/no'" in mistake(liubai_(*asked, f"{tmp_path}/no/x.{ending}"))
+    assert "is a folder" in mistake(liubai_(*asked, str(made(tmp_path / f"x.{ending}"))))
+    if ending:
+        assert f"ends in .{ending}" in mistake(liubai_(*asked, f"{tmp_path}/x.txt"))
+    assert not (tmp_path / "no").exists()
+    assert reports == []
 
 
 # grade

@@ -99,6 +99,13 @@ def test_only_what_was_answered_counts_and_both_rates_are_told() -> None:
     assert (nothing["rate"], nothing["interval"], nothing["rate_all"]) == (None, None, 0)
 
 
+def test_kinds_found_as_often_come_by_name() -> None:
+    """In whatever order a set has them this time."""
+    names = ("word", "date", "name", "count", "limit", "number", "negation", "opposite")
+    found = figures([summary("x y z", False, findings=tuple(Finding(name, "x") for name in names))] * 2)
+    assert list(found["kinds"]) == sorted(names)
+
+
 @given(n=st.integers(1, 500), data=st.data())
 def test_wilsons_interval_solves_its_equation(n: int, data: st.DataObject) -> None:
     """Its ends are the shares from which the observed one is z standard errors away."""

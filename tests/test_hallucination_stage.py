@@ -212,6 +212,14 @@ def test_the_report_shows_what_was_found(tmp_path: Path, scripted: dict[str, flo
 
 
 @pytest.mark.usefixtures("quiet")
+def test_a_model_of_the_users_is_called_as_its_stage(tmp_path: Path, scripted: dict[str, float]) -> None:
+    scripted["theirs"] = 0.5
+    brought = stage.Config(limit=20, model=str(made(tmp_path, "theirs") / "checkpoint"))
+    stage.run(brought, context := Context(tmp_path / "1-look", 0, {}, Silent(), stage="look"))
+    assert json.loads((context.folder / stage.RESULT).read_text())["label"] == "look"
+
+
+@pytest.mark.usefixtures("quiet")
 def test_the_bars_are_the_interval_itself(tmp_path: Path, scripted: dict[str, float]) -> None:
     """Of 0 of n it is all above the rate, and half of its length on either side would be another one."""
     scripted |= {"base": 0.5, "zero": 0.0}

@@ -21,7 +21,7 @@ from liubai.report.answers import chosen_steps
 from liubai.report.charts import stage_style, style
 from liubai.report.read import Curve, read_run
 from liubai.report.story import smooth, take_off, wide
-from liubai.report.svg import Chart, Line, nice_ticks, shortened, thin, tick_text
+from liubai.report.svg import Chart, Line, nice_ticks, shortened, thin, tick_text, y_scale
 
 SECTIONS = (
     *("headline", "curves", "pass", "samples", "exploration", "reward", "update", "speed", "pretrain", "run"),
@@ -391,6 +391,16 @@ def test_ticks_cover_and_read_well() -> None:
         assert 2 <= len(ticks) <= 8
     assert [tick_text(t, [0, 0.25, 0.5], True) for t in (0, 0.25, 0.5)] == ["0%", "25%", "50%"]
     assert [tick_text(t, [0, 2500, 10000]) for t in (0, 2500, 10000)] == ["0", "2.5k", "10.0k"]
+    # an axis of shares: rounding errors around 1, and nothing throughout
+    for shares, zero in (([0.99999996, 1.00000004], False), ([0.0, 0.0], True), ([0.352, 0.3521], False)):
+        ticks = y_scale(shares, zero, percent=True)
+        assert ticks[0] <= min(shares)
+        assert max(shares) <= ticks[-1] + 1e-6
+        assert 0.019 < ticks[-1] - ticks[0] < 0.05
+        assert ticks[0] >= 0
+        assert ticks[-1] <= 1
+        assert len({tick_text(t, ticks, True) for t in ticks}) == len(ticks)
+        assert max(len(tick_text(t, ticks, True)) for t in ticks) <= 6
     assert tick_text(-0.5, [-0.5, 0.0]) == "−0.5"
     assert nice_ticks(0.0, 0.0)[0] == 0.0  # a share that is zero throughout has no negative half
     assert nice_ticks(3.0, 3.0)[0] < 3.0 < nice_ticks(3.0, 3.0)[-1]

@@ -138,6 +138,9 @@ def test_the_titles_of_curves_ask_the_intervals() -> None:
     assert noise["entropy-right"] == "Right: Base's answer stays open to the end, within the noise"
     assert noise["chance"] == "Half-way, Base would be right as often as at the end, within the noise"
     assert some["entropy-right"] == "Right: Base ends surer than it began"  # by how much is not known
+    late = told()
+    late["curve"]["right"] |= {"entropy": [cell(4.0)] * 10 + [cell(0.1)]}
+    assert titles(late)["entropy-right"] == "Right: Base has half made up its mind only with its last step"
     cost = {"empty": 5.0, "own": 3.0, "another": 5.0, "shuffled": 5.1, "foreign": 9.0}
     within = told(nll={g: {name: cell(bits) for name, bits in cost.items()} for g in GROUPS})
     assert titles(within)["places"] == "In another order, Base's steps buy nothing, within the noise"

@@ -152,7 +152,7 @@ def test_compression_is_drawn_as_before_and_after(tmp_path: Path) -> None:
     part = whitebox.section(read_run(tmp_path))
     assert part is not None
     assert part.finding == (
-        "Of the units in its layers are silent: CRATE 80%, Transformer 40%. "
+        "Silent units, the mean of the layers: CRATE 80%, Transformer 40%. "
         "Layers whose attention lowers the coding rate in its subspaces: CRATE 1 of 2."
     )
     before, after = part.charts[2].lines

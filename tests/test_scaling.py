@@ -24,7 +24,7 @@ from liubai.measure.scaling import (
     with_intervals,
 )
 from liubai.measure.scaling_verdict import analyse, as_json, held_out
-from liubai.report.svg import log_ticks
+from liubai.report.svg import log_tick_text, log_ticks
 
 SIGMOID = {"R": 0.1, "A": 0.7, "M": 3e13, "B": 0.9}
 SATURATING = {"A": 0.8, "c": -0.6 * 1e12**0.3, "b": 0.3}
@@ -296,3 +296,9 @@ def test_ticks_of_a_logarithmic_axis() -> None:
     assert log_ticks(1, 128) == [2.0**i for i in range(8)]
     assert log_ticks(30, 40_000) == [100.0, 1000.0, 10_000.0]
     assert log_ticks(3, 3.5) == [3]
+    for ticks, said in (
+        ([1024.0, 2048.0, 4096.0, 8192.0], "1024 2048 4096 8192"),
+        ([100.0, 1000.0, 10_000.0], "0.1k 1k 10k"),
+        ([10.0, 1e4, 1e7], "1e1 1e4 1e7"),
+    ):
+        assert " ".join(log_tick_text(t, ticks) for t in ticks) == said

@@ -34,8 +34,10 @@ def bridge(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """How many bits of the right answer does a thought buy, and which of its steps? (docs/bridge.md)"""
-    from liubai.commands.shared import checkpoint_folder, compute_of
+    from liubai.commands.shared import checkpoint_folder, compute_of, place_for
 
+    if out:
+        place_for(out, ".html", "a page")
     folder = checkpoint_folder(checkpoint)
     from liubai.measure.readiness import require_ready
     from liubai.problems.questions import Questions

@@ -41,12 +41,14 @@ def hallucination(
     The first of several checkpoints is what the others are compared with. The judge is asked at
     LIUBAI_JUDGE_URL for LIUBAI_JUDGE_MODEL with LIUBAI_JUDGE_KEY.
     """
-    from liubai.commands.shared import checkpoint_folder, compute_of
+    from liubai.commands.shared import checkpoint_folder, compute_of, place_for
     from liubai.errors import UserError
     from liubai.files import write_text
     from liubai.measure import hallucination as measure
     from liubai.measure.faithful import scorer as scorer_of
 
+    if out:
+        place_for(out)
     folders = [checkpoint_folder(path) for path in checkpoints or ()]
     judge = scorer_of(scorer, hhem=hhem, trust_code=trust_code, calls=calls)
     from liubai.problems.rows import is_rows

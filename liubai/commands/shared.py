@@ -73,6 +73,18 @@ def compute_of(device: str) -> Compute:
         raise UserError(f"--device '{device}': auto, cpu, cuda or cuda:N") from None
 
 
+def place_for(out: Path, ending: str = "", what: str = "") -> Path:
+    """``out``, where a file may be written: asked for before the work whose result it is to hold. Raises
+    ``UserError`` for another ending, a folder, or a file in a folder that is not there."""
+    if ending and out.suffix.lower() != ending:
+        raise UserError(f"'{out}' is to hold {what}: give it a name that ends in {ending}")
+    if out.is_dir():
+        raise UserError(f"'{out}' is a folder; name a file")
+    if not out.parent.is_dir():
+        raise UserError(f"there is no folder '{out.parent}' to write {out.name} to")
+    return out
+
+
 def _number(stage: str) -> int:
     """16 of 16-r1."""
     number = stage.partition("-")[0]

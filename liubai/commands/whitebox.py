@@ -40,3 +40,5 @@ def whitebox(
         print(f"{i:5}  {layer['sparsity']:5.1%}  {layer['rate']:11.3f}   {inside}")
         for number, words in enumerate(layer.get("atoms", [])[:3], 1):
             print(f"       atom {number}: {' '.join(words)}")
+    if all(layer["before"] is None for layer in found["layers"]):
+        print("–: only CRATE's heads have subspaces; silent is below a hundredth of the layer's largest unit")

@@ -145,7 +145,7 @@ def figures(summaries: Sequence[Summary]) -> dict[str, Any]:
         "told": _mean(told) if told else None,
         "copied": _share(sum(_copied(s) for s in answered), len(answered)),
         "errors": len(answered) - len(judged),
-        "kinds": dict(kinds.most_common()),
+        "kinds": dict(sorted(kinds.items(), key=lambda item: (-item[1], item[0]))),
     }
 
 

@@ -226,7 +226,8 @@ def _settled(name: str, curve: Series) -> str:
     begin, end = curve.points[0], curve.points[-1]
     for x, point in zip(curve.xs, curve.points, strict=True):
         if begin and point and begin.sure and point.sure and point.high < begin.low / 2:
-            return f"Right: {name} has half made up its mind after {x:.0f} % of the thought"
+            when = "only with its last step" if x >= 100 else f"after {x:.0f} % of the thought"
+            return f"Right: {name} has half made up its mind {when}"
     if apart(begin, end) < 0:
         return f"Right: {name} ends surer than it began"
     return f"Right: {name}'s answer stays open to the end, within the noise"

@@ -16,7 +16,20 @@ from typing import Any
 from markupsafe import Markup
 
 from liubai.report.read import Curve, number
-from liubai.report.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Line, Scale, _axes, nice_ticks
+from liubai.report.svg import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Chart,
+    Line,
+    Scale,
+    _axes,
+    nice_ticks,
+    y_scale,
+)  # fmt: skip
 
 NOTHING = Curve((), ())
 
@@ -93,9 +106,7 @@ def _draw(chart: Spreads) -> Markup:
     ends = [v for s in chart.series for p in s.points if p for v in (p.low, p.high)]
     if not ends:
         return Markup('<p class="none">Nothing was measured.</p>')
-    ticks = nice_ticks(*_reach(ends, chart.zero))
-    if chart.percent and max(ends) <= 1:
-        ticks = [t for t in ticks if t <= 1 + 1e-9]
+    ticks = y_scale(ends, chart.zero, chart.percent)
     low, high = ticks[0], max(ticks[-1], max(ends))
     if chart.x_names:
         x_low, x_high = -0.5, len(chart.x_names) - 0.5

@@ -23,6 +23,7 @@ Scale = Callable[[float], float]  #: from a value to its place in the box
 WIDTH, HEIGHT = 400, 268
 LEFT, RIGHT, TOP, BOTTOM, ROW = 48, 14, 28, 42, 17
 LETTER = 8.5  #: units of a letter's width, about
+LEAST_SHARE = 0.02  #: the least span of an axis of shares
 MOST_POINTS = 400  #: longer curves are averaged in buckets; a chart has no more pixels than that
 
 
@@ -90,6 +91,20 @@ def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
+def y_scale(values: Sequence[float], zero: bool, percent: bool) -> list[float]:
+    """The ticks of a y axis. One of shares spans two points at least: what moves less is no movement to be
+    shown as one, and its ticks would be rounding errors."""
+    low, high = min(values), max(values)
+    if zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    if percent and high - low < LEAST_SHARE:
+        bound = 1.0 if high < 1 + LEAST_SHARE / 10 else math.inf  # 1.00000004 is 1
+        high = min(bound, math.ceil((low + LEAST_SHARE) / LEAST_SHARE - 1e-3) * LEAST_SHARE)
+        low = high - LEAST_SHARE if high - LEAST_SHARE <= low else high - 2 * LEAST_SHARE
+    ticks = nice_ticks(low, high)
+    return [t for t in ticks if t <= 1 + 1e-9] if percent and max(values) <= 1 + 1e-6 else ticks
+
+
 def log_ticks(low: float, high: float, most: int = 9) -> list[float]:
     """Powers of two inside [low, high]; powers of ten where those are more than ``most``, or long to say."""
     twos = [2.0**i for i in range(130) if low <= 2**i <= high]
@@ -116,6 +131,19 @@ def tick_text(value: float, ticks: Sequence[float], percent: bool = False) -> st
         return f"{value:.{next(exact, 3)}e}".replace("e-0", "e-").replace("-", "−")
     text = f"{value:.{_decimals(step)}f}".replace("-", "−")
     return f"{text}%" if percent else text
+
+
+def log_tick_text(value: float, ticks: Sequence[float]) -> str:
+    """``value`` in the unit of the largest of ``ticks``, with the decimals that it needs; as a power of ten
+    where those would be many."""
+    largest = max(ticks)
+    base, unit = next(
+        ((b, u) for size, b, u in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")) if largest >= size),
+        (1.0, ""),
+    )
+    if min(ticks) / base < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e").replace("-", "−")
+    return f"{value / base:.4g}{unit}"
 
 
 def _decimals(step: float) -> int:
@@ -164,10 +192,7 @@ def _draw(chart: Chart) -> Markup:
     ys = [y for line in lines for _, y in _shown(line).known]
     ys += [y + sign * error for line in lines for _, y, error in _barred(line) for sign in (-1, 1)]
     x_low, x_high = (-0.5, len(chart.x_names) - 0.5) if chart.x_names else (min(xs), max(xs))
-    reach = [*ys, 0.0] if chart.zero else ys
-    y_ticks = nice_ticks(min(reach), max(reach))
-    if chart.percent and max(ys) <= 1:
-        y_ticks = [t for t in y_ticks if t <= 1 + 1e-9]
+    y_ticks = y_scale(ys, chart.zero, chart.percent)
     y_low, y_high = y_ticks[0], max(y_ticks[-1], max(ys))
 
     # The labels of the marks have the rows between the y label and the plot to themselves.
@@ -223,8 +248,8 @@ def _axes(chart: Chart, x_low: float, x_high: float, y_ticks: list[float], px: S
         ticks = [x_low] if x_low == x_high else ticks
     names = dict(enumerate(shortened(chart.x_names)))
     for t in names or ticks:
-        # on a logarithmic scale each tick has decimals of its own
-        text = escape(names[int(t)]) if names else tick_text(t, [t, 2 * t] if chart.log_x else ticks)
+        text = log_tick_text(t, ticks) if chart.log_x else tick_text(t, ticks)
+        text = escape(names[int(t)]) if names else text
         y = HEIGHT - BOTTOM + 17
         out.append(f'<text class="tick" text-anchor="middle" x="{px(t):.1f}" y="{y}">{text}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2

@@ -11,6 +11,11 @@ from liubai.report.read import Curve, Run, number
 from liubai.report.section import Section
 from liubai.report.svg import Chart, Line
 
+SILENT = (
+    " Silent is a unit of CRATE's code that is zero, and of a Transformer, where none is, one below a "
+    "hundredth of its layer's largest."
+)
+
 
 def section(run: Run) -> Section | None:
     """``None`` when no stage has looked."""
@@ -18,7 +23,7 @@ def section(run: Run) -> Section | None:
     if not found:
         return None
     charts = [
-        _chart("sparsity", "How much of each layer's code is zero", "share of zeros", found, percent=True),
+        _chart("sparsity", "How much of each layer is silent", "silent units (%)", found, SILENT, True),
         _chart("rate", "How widely the tokens spread", "nats a token", found),
         _compression(found),
     ]
@@ -30,7 +35,9 @@ def _layers(told: dict[str, Any], key: str) -> list[float | None]:
     return [number(layer.get(key)) for layer in told.get("layers", [])]
 
 
-def _chart(key: str, title: str, unit: str, found: list[dict[str, Any]], percent: bool = False) -> Chart:
+def _chart(
+    key: str, title: str, unit: str, found: list[dict[str, Any]], more: str = "", percent: bool = False
+) -> Chart:
     lines = []
     for place, told in enumerate(found):
         values = _layers(told, key)
@@ -39,7 +46,7 @@ def _chart(key: str, title: str, unit: str, found: list[dict[str, Any]], percent
         ink, dash = stage_style(place)
         xs = tuple(float(i + 1) for i in range(len(values)))
         lines.append(Line(str(told.get("label", "")), Curve(xs, tuple(values)), ink, dash, dots=True))
-    caption = "Questions and the model's own answers, all their tokens together."
+    caption = "Questions and the model's own answers, all their tokens together." + more
     return Chart(f"white-box-{key}", title, caption, unit, lines, x_label="layer", percent=percent)
 
 
@@ -72,7 +79,7 @@ def _finding(found: list[dict[str, Any]]) -> str:
         if (known := [v for v in _layers(told, "sparsity") if v is not None])
     ]
     listed = ", ".join(f"{name} {mean:.0%}" for name, mean in means)
-    return f"Of the units in its layers are silent: {listed}.{_lowered(found)}"
+    return f"Silent units, the mean of the layers: {listed}.{_lowered(found)}"
 
 
 def _lowered(found: list[dict[str, Any]]) -> str:

@@ -60,7 +60,7 @@ def run(config: Config, context: Context) -> None:
         context.log(done, total, {})
 
     found = atlas(path, problems, earlier, config.max_tokens, config.shown, config, progress)
-    label = config.label or next(iter(context.inputs), config.model)
+    label = config.label or next(iter(context.inputs), context.stage)
     write_json(context.folder / RESULT, {"label": label, **found})
 
 

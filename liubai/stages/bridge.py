@@ -74,7 +74,7 @@ def run(config: Config, context: Context) -> None:
         compute=config,
     )
     asked = config.questions.path if config.questions else config.problems
-    label = config.label or next(iter(context.inputs), config.model)
+    label = config.label or next(iter(context.inputs), context.stage)
     write_result(context.folder, {"label": label, "problems": asked, **found.figures}, found.thoughts)
     of = found.figures
     numbers = {

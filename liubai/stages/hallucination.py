@@ -166,7 +166,7 @@ def run(config: Config, context: Context) -> None:
         thinking=config.blank,
         compute=config,
     )
-    label = config.label or next(iter(context.inputs), config.model)
+    label = config.label or next(iter(context.inputs), context.stage)
     told: dict[str, Any] = {
         "label": label,
         "problems": config.problems,

@@ -36,7 +36,7 @@ class Config(Brought, Compute):
 def run(config: Config, context: Context) -> None:
     path = context.parent_checkpoint(config.model)
     problems = held_out_of(config.problems, config.limit, derive(context.seed, "eval"), config.questions)
-    label = config.label or next(iter(context.inputs), config.model)
+    label = config.label or next(iter(context.inputs), context.stage)
     found = looked_at(path, problems, config.max_tokens, config)
     write_json(context.folder / RESULT, {"label": label, **found})
     context.log(1, 1, {f"sparsity/{i + 1}": layer["sparsity"] for i, layer in enumerate(found["layers"])})
