@@ -373,6 +373,13 @@ def told(answer: str) -> tuple[str, str]:
     return "\n".join(e for e, _ in words), "\n".join(c for _, c in words)
 
 
+def test_a_poem_without_english_words_has_none_that_repeat() -> None:
+    item = GradeItem("sonnet", "", "<answer>白日依山盡，黃河入海流</answer>")
+    english = [one for one, _ in explain(item, grade(item))]
+    assert "has no words" in english
+    assert not any("different" in one for one in english)
+
+
 def test_a_score_is_explained_in_two_languages() -> None:
     one, other = told(SHAKESPEARE_18)
     assert "line 3 (A, 10 syllables): may rhymes with day" in one

@@ -511,6 +511,31 @@ def test_a_score_is_explained_in_two_languages() -> None:
     assert "衰 属邻韵（上平四支）" in chinese
 
 
+@pytest.mark.parametrize(
+    ("verifier", "gold", "response", "english", "chinese"),
+    [
+        ("number", "5", "<answer> </answer>", "the answer is empty (answer tag)", "答案为空（答案标签）"),
+        ("number", "5", "<answer>5", "the answer is never closed", "答案出处：答案标签没有结束"),
+        ("verse", "sonnet", f"<answer>{POEM}</answer>", "not judged: verse: ", "未评：verse: "),
+        ("verse", "五绝", f"<answer>{POEM}</answer>", "中 either", "A 仄仄仄平平"),
+        ("verse", "五绝", "<answer>春眠不覺曉，花</answer>", "1 character instead", "1 字，应为"),
+        (
+            "faithful", "anna has 3 red cups . ben has 5 blue hats . summarise",
+            "<answer>anna 4 red cups</answer>", "not in the passage: a number: ", "原文所无：数目：",
+        ),
+    ],
+)  # fmt: skip
+def test_what_other_answers_are_told(
+    verifier: str, gold: str, response: str, english: str, chinese: str
+) -> None:
+    """Reasons in whole sentences of one language each, and no class of an exception."""
+    item = GradeItem(verifier, gold, response)
+    words = explain(item, grade(item))
+    assert any(english in one for one, _ in words)
+    assert any(chinese in other for _, other in words)
+    assert "ValueError" not in str(words)
+
+
 @pytest.mark.parametrize("name", CHEATS)
 def test_every_fault_has_words(name: str) -> None:
     english, chinese = told(FORM, CHEATS[name][0] or "?")

@@ -23,8 +23,8 @@ def grade(
 ) -> None:
     """Judge answers: lines {"verifier", "gold", "response", "meta"?} in, one verdict a line out.
 
-    Verifiers: math, number, exact, choice, regex, json, logic, code, judge, verse, sonnet, countdown, or a
-    checker of your own.
+    Verifiers: math, number, exact, choice, regex, json, logic, code, judge, faithful, verse, sonnet,
+    countdown, or a checker of your own.
     A line: {"verifier": "number", "gold": "5", "response": "<think>2+3</think> <answer>5</answer>"}
     """
     from liubai.grade import grade_lines

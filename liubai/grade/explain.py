@@ -2,17 +2,19 @@
 wrong.
 
 For ``liubai grade --explain``. What is found is found in :mod:`liubai.grade.verse` and
-:mod:`liubai.grade.sonnet`; here it is only said. Other verifiers have one sentence: where the answer was
-read.
+:mod:`liubai.grade.sonnet`; here it is only said. What :mod:`liubai.grade.faithful` finds is said in
+:mod:`liubai.grade.explain_faithful`. Other verifiers have one sentence: where the answer was read.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from liubai.grade import sonnet as english_verse
 from liubai.grade import verse as chinese_verse
+from liubai.grade.explain_faithful import faithful_words
 from liubai.grade.extract import MAX_ANSWER, MAX_PROGRAM, extract, extract_code
 from liubai.grade.judge import LONG, PROGRAMS, GradeItem, Verdict
 from liubai.grade.sonnet import LINES, NEAR, PAIRS, SCHEME, Hearing, Line, hear_sonnet
@@ -44,6 +46,8 @@ def explain(item: GradeItem, verdict: Verdict) -> list[Sentence]:
     else:
         score = verdict.parts["correct"]
         said.append((f"{item.verifier}: {score:g} of 1", f"{item.verifier}：{score:g}（满分 1）"))
+        if item.verifier == "faithful":
+            said += faithful_words(item.gold, verdict.answer, item.meta)
     if not verdict.parts.get("format"):
         said.append(
             (
@@ -60,7 +64,16 @@ def _where(item: GradeItem) -> Sentence:
         why = extract_code(item.response, prefilled).why
     else:
         why = extract(item.response, prefilled, MAX_PROGRAM if item.verifier in LONG else MAX_ANSWER).why
-    return f"the answer: {why}", f"答案出处：{_WHERE_ZH.get(why, why)}"
+    return f"the answer: {why}", f"答案出处：{_in_chinese(why)}"
+
+
+def _in_chinese(why: str) -> str:
+    if empty := re.fullmatch(r"the answer is empty \((.*)\)", why):
+        return f"答案为空（{_in_chinese(empty[1])}）"
+    if longer := re.fullmatch(r"the (answer|response|program) is longer than (\d+) characters", why):
+        what = {"answer": "答案", "response": "回复", "program": "程序"}[longer[1]]
+        return f"{what}超过 {longer[2]} 个字符"
+    return _WHERE_ZH[why]
 
 
 _WHERE_ZH = {
@@ -70,6 +83,14 @@ _WHERE_ZH = {
     "last fence": "最后一个代码块",
     "no answer tag and no box after the thought": "思考之后没有答案标签，也没有 \\boxed",
     "the thought is never closed": "思考没有结束",
+    "an answer tag inside an answer": "答案标签之内又有答案标签",
+    "an answer is closed that was never opened": "答案标签有结束而无开始",
+    "the answer is never closed": "答案标签没有结束",
+    "a box in the answer is never closed": "答案内的 \\boxed 没有结束",
+    "different boxes in one answer": "答案内有几个不同的 \\boxed",
+    "the last box is never closed": "最后一个 \\boxed 没有结束",
+    "no closed fence after the thought, or the last one is never closed": "思考之后没有完整的代码块",
+    "the last fence is empty": "最后一个代码块为空",
 }
 
 
@@ -121,7 +142,20 @@ def verse_words(reading: Reading) -> list[Sentence]:
                     faults or [("in order", "合律")],
                 )
             )
-    return said + by_line.get(-1, [])
+    return [*said, *by_line.get(-1, []), _SIGNS]
+
+
+#: what a reader of the lines has to know
+_SIGNS = (
+    "signs: 平 level, 仄 oblique, 中 either (the character has both readings); types: a 仄仄平平仄, "
+    "A 仄仄仄平平, b 平平平仄仄, B 平平仄仄平, in seven characters with two more of the other tone in front",
+    "符号：中，可平可仄（多音字）；句型：a 仄仄平平仄，A 仄仄仄平平，b 平平平仄仄，B 平平仄仄平；"
+    "七言前加相反的两字",
+)
+
+
+def _many(count: int, one: str, more: str = "") -> str:
+    return f"{count} {one if count == 1 else more or one + 's'}"
 
 
 def _joined(english: str, chinese: str, sentences: list[Sentence]) -> Sentence:
@@ -169,7 +203,7 @@ def _verse_parts(reading: Reading) -> dict[str, Sentence]:
             f"{count - 1} 处粘对中 {linked} 处合律",
         ),
         "ills": (
-            f"{ills} lines with 孤平 or 三平尾"
+            f"{_many(ills, 'line')} with 孤平 or 三平尾"
             if ills
             else "no 孤平 and no 三平尾 among the lines that are there",
             f"{ills} 句有孤平或三平尾" if ills else "所存各句无孤平、无三平尾",
@@ -183,15 +217,18 @@ def _verse_fault(fault: Fault, reading: Reading) -> Sentence:
         return _tone_words(fault, reading)
     simple: dict[str, Callable[[], Sentence]] = {
         "foreign": lambda: ("has signs that are no Chinese characters", "夹有汉字以外的字符"),
-        "length": lambda: (f"{d[0]} characters instead of {d[1]}", f"{d[0]} 字，应为 {d[1]} 字"),
+        "length": lambda: (f"{_many(d[0], 'character')} instead of {d[1]}", f"{d[0]} 字，应为 {d[1]} 字"),
         "again": lambda: ("was there before", "与前句相同"),
         "missing": lambda: (f"{d[0]} of {d[1]} lines are there", f"只有 {d[0]} 句，应为 {d[1]} 句"),
         "beyond": lambda: (
             f"more than {d[0]} lines: only the first {d[0]} count",
             f"多于 {d[0]} 句，只计前 {d[0]} 句",
         ),
-        "strange": lambda: (f"{d[0]} signs that are no Chinese characters", f"有 {d[0]} 个汉字以外的字符"),
-        "marks": lambda: (f"{d[0]} punctuation marks too many", f"标点多出 {d[0]} 个"),
+        "strange": lambda: (
+            f"{_many(d[0], 'sign')} beside the Chinese characters",
+            f"有 {d[0]} 个汉字以外的字符",
+        ),
+        "marks": lambda: (f"{_many(d[0], 'punctuation mark')} too many", f"标点多出 {d[0]} 个"),
         "no rhyme": lambda: ("no line that must rhyme ends in a level tone", "韵脚没有平声字"),
         "oblique rhyme": lambda: (
             f"it rhymes in an oblique tone ({d[0]}): half as good",
@@ -325,14 +362,17 @@ def _sonnet_fault(fault: Fault) -> Sentence:
     simple: dict[str, Callable[[], Sentence]] = {
         "again": lambda: ("was there before", "与前行相同"),
         "no words": lambda: ("has no words", "没有单词"),
-        "lines": lambda: (f"{d[0]} lines instead of {LINES}", f"{d[0]} 行，应为 {LINES} 行"),
+        "lines": lambda: (f"{_many(d[0], 'line')} instead of {LINES}", f"{d[0]} 行，应为 {LINES} 行"),
         "syllables": lambda: (
             "not ten syllables, nor eleven with a weak end",
             "不是十音节，也不是弱收的十一音节",
         ),
-        "strays": lambda: (f"{d[0]} stresses in weak positions", f"{d[0]} 个重音落在弱位"),
+        "strays": lambda: (
+            f"{_many(d[0], 'stress', 'stresses')} in weak positions",
+            f"{d[0]} 个重音落在弱位",
+        ),
         "unknown": lambda: (f"not in the dictionary: {d[0]}", f"词典不收：{d[0]}"),
-        "marks": lambda: (f"{d[0]} punctuation marks too many", f"标点多出 {d[0]} 个"),
+        "marks": lambda: (f"{_many(d[0], 'punctuation mark')} too many", f"标点多出 {d[0]} 个"),
         "repeats": lambda: (f"only {d[0]} % of the words are different", f"不同的词只占 {d[0]} %"),
     }
     return simple[fault.code]()

@@ -129,7 +129,10 @@ def judge(item: GradeItem, checker: Checker) -> Verdict:
     try:
         score = _score(checker(item.gold, answer, item.meta))
     except Exception as error:
-        return error_verdict(item, f"{item.verifier} raised {describe(error)}")
+        # ours raise ValueError with a sentence for whoever wrote the row
+        told = type(error) is ValueError and is_ours(item.verifier)
+        said = f"{item.verifier}: {error}" if told else f"{item.verifier} raised {describe(error)}"
+        return error_verdict(item, said)
     return Verdict(score >= 1.0, answer, _parts(item, score, formatted))
 
 

@@ -368,5 +368,7 @@ def _factors(hearing: Hearing, text: str, found: list[str]) -> None:
     }
     if padding:
         hearing.faults.append(Fault(-1, "marks", (padding,)))
-    if hearing.factors["repeats"] < 1:
+    if not words:
+        hearing.faults.append(Fault(-1, "no words", ()))
+    elif hearing.factors["repeats"] < 1:
         hearing.faults.append(Fault(-1, "repeats", (round(100 * different),)))
