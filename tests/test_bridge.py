@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from liubai.commands.bridge import bridge as command
+from liubai.commands.bridge import table
 from liubai.errors import UserError
 from liubai.measure import bridge_tree
 from liubai.measure.bridge import CONTEXTS, Asked, Bridged, Written, bridge
@@ -359,6 +360,15 @@ def test_the_command_prints_a_table_or_json_and_writes_a_page(base: Path, tmp_pa
     assert "bits that the thought buys" in shown.stdout
     assert "about 4 problems" in shown.stdout
     assert "1-base" in page.read_text(encoding="utf-8")
+    one = [*asked[:3], "--limit", "1", "--samples", "1"]
+    assert "about 1 problem (" in CliRunner().invoke(app, one, catch_exceptions=False).stdout
+    silent = {"n_problems": 3, "samples": 2, "thoughts": 0, "right": 0, "empty": 1.0, "gold": {"none": 1}}
+    assert table(silent).splitlines() == [
+        "0 thoughts about 3 problems (0 led to a right answer); 100.0% of the 3 × 2 answers came without a "
+        "thought",
+        "There was no thought to measure.",
+        "1 problem without a known right answer left out",
+    ]
     told = json.loads(CliRunner().invoke(app, [*asked, "--json"], catch_exceptions=False).stdout)
     assert told["label"] == "1-base"
     assert told["n_problems"] == 4

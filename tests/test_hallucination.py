@@ -219,6 +219,10 @@ def test_the_command_tells_people_and_programs(model: Path, tmp_path: Path) -> N
     rows = [{"passage": FACTS, "summary": s} for s in ("anna 3 cups", "anna 4 cups", "")]
     file = tmp_path / "p.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "tokens" not in CliRunner().invoke(app, ["--problems", str(file)]).stdout
+    blunt = CliRunner().invoke(app, [str(model), *arguments[2:], "--no-thinking"]).stdout
+    assert "tokens" in blunt
+    assert "with the thought" not in blunt
     told = json.loads(CliRunner().invoke(app, ["--problems", str(file), "--json"]).stdout)
     assert (told["answered"], told["rate"], told["kinds"]) == (2, 0.5, {"number": 1})
     for wrong, sentence in (

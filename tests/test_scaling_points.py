@@ -231,7 +231,7 @@ def test_the_command_writes_what_the_report_shows(run: Path, tmp_path: Path) -> 
     # the run has too few points for some of its series, and enough for others
     kept = CliRunner().invoke(app, [str(run), "--draws", "20", "--keep"])
     assert kept.exit_code == 0, kept.output
-    assert "Not fitted, for there are points at 3 different x alone" in kept.stdout
+    assert "Not fitted, for there are points at only 3 different x:" in kept.stdout
     part = section(read_run(run))
     assert part is not None
     assert any("zero: accuracy of rollouts" in chart.title for chart in part.charts)
@@ -241,6 +241,19 @@ def test_the_command_writes_what_the_report_shows(run: Path, tmp_path: Path) -> 
     shown = section(read_run(run))
     assert shown is not None
     assert "<b>a &lt;b&gt;</b>" in shown.body
+
+
+def test_a_wrong_argument_gets_a_sentence(run: Path) -> None:
+    app = typer.Typer()
+    app.command()(scaling)
+    for arguments, said in (
+        ([f"{run}/nope"], f"there is no '{run}/nope'"),
+        ([f"{run}/2-zero"], f"did you mean '{run}'?"),
+        ([str(run), "--after", "1e30"], "--after 1e+30 leaves no point: the largest x is "),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, UserError)
+        assert said in str(result.exception)
 
 
 def test_what_cannot_be_read_is_named_before_no_series_is_found(run: Path) -> None:

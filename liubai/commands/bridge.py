@@ -80,10 +80,16 @@ def _label(folder: Path) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """What ``liubai bridge`` prints: the answer's cost in every place, and what thoughts and steps buy."""
-    n, k = result["n_problems"], result["samples"]
+    n, k, thoughts = result["n_problems"], result["samples"], result["thoughts"]
+    about = f"{thoughts} thought{'s' * (thoughts != 1)} about {n} problem{'s' * (n != 1)}"
+    told = [
+        f"{about} ({result['right']} led to a right answer); "
+        f"{result['empty']:.1%} of the {n} × {k} answers came without a thought"
+    ]
+    if not thoughts:
+        return "\n".join([*told, "There was no thought to measure.", *_left_out(result)])
     lines = [
-        f"{result['thoughts']} thoughts about {n} problems ({result['right']} led to a right answer); "
-        f"{result['empty']:.1%} of the {n} × {k} answers came without a thought",
+        *told,
         "",
         f"{'bits that a right answer costs after':<38}{'all':>16}{'right':>16}{'wrong':>16}",
     ]
@@ -112,13 +118,20 @@ def table(result: dict[str, Any]) -> str:
     if forks["carry"] is not None:
         words = ", ".join(w["word"].strip() or "blank" for w in forks["words"][:8])
         lines.append(f"a fifth of the tokens carry {forks['carry']:.0%} of the entropy; most often: {words}")
+    return "\n".join([*lines, *_left_out(result)])
+
+
+def _left_out(result: dict[str, Any]) -> list[str]:
+    """What of the problems there were no right answers to measure by."""
+    lines = []
     if own := result["gold"].get("own"):
         lines.append(
-            f"of {own} problems only right answers of its own are known: do not compare with other models"
+            f"of {own} problem{'s' * (own != 1)} only right answers of its own are known: do not compare "
+            "with other models"
         )
     if none := result["gold"].get("none"):
-        lines.append(f"{none} problems without a known right answer were left out")
-    return "\n".join(lines)
+        lines.append(f"{none} problem{'s' * (none != 1)} without a known right answer left out")
+    return lines
 
 
 def _line(words: str, cells: list[dict[str, Any]]) -> str:

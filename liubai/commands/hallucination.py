@@ -83,7 +83,7 @@ def hallucination(
             found.append((problems, judged(said, judge, shown)))
     results: list[dict[str, Any]] = []
     for name, summaries in found:
-        told: dict[str, Any] = {"name": name, "problems": problems, "scorer": scorer}
+        told: dict[str, Any] = {"name": name, "problems": problems, "scorer": scorer, "thinking": thinking}
         told |= measure.figures(summaries)
         if results:
             ours, first = ([s.hallucinated for s in some] for some in (summaries, found[0][1]))
@@ -109,7 +109,9 @@ def _words(told: dict[str, Any]) -> str:
         low, high = told["interval"]
         said = f"{told['rate']:.1%} of the answered (95 % interval {low:.1%} to {high:.1%})"
         rows.append(("hallucination", f"{said}, {told['rate_all']:.1%} of all"))
-    length = f"{told['words']:.1f} words, {told['tokens']:.0f} tokens with the thought"
+    length = f"{told['words']:.1f} words"
+    if told["tokens"]:  # of summaries that were there already nobody counted them
+        length += f", {told['tokens']:.0f} tokens" + " with the thought" * told["thinking"]
     rows.append(("a summary", f"{length}; {told['copied']:.1%} copied word for word"))
     if told["told"] is not None:
         rows.append(("tells", f"{told['told']:.1%} of what the passage has"))

@@ -11,7 +11,9 @@ import typer
 
 
 def scaling(
-    what: Annotated[list[str], typer.Argument(metavar="POINTS.jsonl | RUN…", help="Points, or run folders.")],
+    what: Annotated[
+        list[str], typer.Argument(metavar="POINTS.jsonl|.csv | RUN…", help="Points, or run folders.")
+    ],
     series: Annotated[
         list[str] | None, typer.Option(help="Only series whose name has this in it; may be repeated.")
     ] = None,
@@ -25,8 +27,9 @@ def scaling(
 ) -> None:
     """Fits of accuracy or loss against compute or tokens, with intervals (docs/scaling.md).
 
-    A line of POINTS.jsonl is {"x": 1e15, "y": 0.41}, perhaps with "series", "n" and "d" (parameters and
-    tokens, for the Chinchilla form), "axis" (what x is) and "scores" (y by problem).
+    A line of POINTS.jsonl (in a .csv the columns have these names) is {"x": 1e15, "y": 0.41}, perhaps with
+    "series", "n" and "d" (parameters and tokens, for the Chinchilla form), "axis" (what x is) and "scores" (y
+    by problem).
     """
     from liubai.errors import UserError
     from liubai.files import write_json
@@ -50,7 +53,10 @@ def scaling(
             raise UserError(
                 f"no series has '{series[0][:60]}' in its name; there are: {', '.join(names)[:400]}"
             )
+    last = max((point.x for point in points), default=0.0)
     points = [point for point in points if point.x >= after]
+    if not points:
+        raise UserError(f"--after {after:g} leaves no point: the largest x is {last:.4g}")
     found = analyse(points, draws, seed)
     result: dict[str, Any] = {"series": [told(one) for one in found]}
     if keep:

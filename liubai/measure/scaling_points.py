@@ -153,10 +153,16 @@ def _lines_lost(path: Path) -> str:
 def _stages(run: Path) -> dict[str, Stage]:
     """Those that have a folder, in the recipe's order."""
     recipe = run / "recipe.toml"
+    if not run.exists():
+        raise UserError(f"there is no '{run}'; name a run folder, or a .jsonl or .csv file of points")
     if not recipe.is_file():
-        raise UserError(
-            f"'{run}' is no run folder: it has no recipe.toml. Points come from .jsonl or .csv files"
+        stage = (run.parent / "recipe.toml").is_file()
+        hint = (
+            f"It is a stage's; did you mean '{run.parent}'?"
+            if stage
+            else "Points come from .jsonl or .csv files"
         )
+        raise UserError(f"'{run}' is no run folder: it has no recipe.toml. {hint}")
     try:
         tables = tomllib.loads(recipe.read_text(encoding="utf-8"))["stages"]
         kinds = {name: dict(table) for name, table in tables.items()}

@@ -201,7 +201,7 @@ def _alike(best: Fit, other: Fit, won: float, data: Data) -> str:
 def _refused(series: Series) -> str:
     places = len({(p.x, p.n, p.d) for p in series.points})
     needs = ", ".join(f"{form} {FORMS[form].least}" for form in series.refused)
-    return f"Not fitted, for there are points at {places} different x alone: {needs} would be needed."
+    return f"Not fitted, for there are points at only {places} different x: {needs} would be needed."
 
 
 def _asymptote(found: Fit, data: Data) -> str:
