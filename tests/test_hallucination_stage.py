@@ -196,7 +196,8 @@ def test_the_report_shows_what_was_found(tmp_path: Path, scripted: dict[str, flo
     assert part is not None
     assert (
         part.finding
-        == "25.0% of <zero>'s summaries say what the passage does not, fewer than <base>'s 50.0%."
+        == "25.0 % of <zero>'s summaries say what the passage does not, fewer than <base>'s 50.0 % "
+        "(on the same documents −25.0 pt, −45.0 pt to −5.0 pt)."
     )
     assert "&lt;base&gt;" in part.body
     assert "<base>" not in part.body
@@ -245,12 +246,13 @@ def test_the_report_claims_no_difference_that_the_pairs_do_not_bear(
     part = looked_at(tmp_path / "few", scripted)
     assert part is not None
     assert part.finding == (
-        "40.0% of <zero>'s summaries say what the passage does not, within the noise of <base>'s 50.0%."
+        "40.0 % of <zero>'s summaries say what the passage does not, within the noise of <base>'s 50.0 % "
+        "(on the same documents −10.0 pt, −25.0 pt to +0.0 pt)."
     )
     scripted["zero"] = 0.25
     part = looked_at(tmp_path / "more", scripted)
     assert part is not None
-    assert "fewer than <base>'s 50.0%." in part.finding
+    assert "fewer than <base>'s 50.0 % (on the same" in part.finding
     assert wilson(10, 20)[0] < wilson(5, 20)[1]
     for path in sorted((tmp_path / "more").glob("*look*/hallucination.json")):  # as others may have kept it
         told = json.loads(path.read_text())
@@ -299,9 +301,9 @@ def test_the_report_tells_steps_beyond_chance_and_what_a_thought_did(tmp_path: P
     part = section(read_run(tmp_path))
     assert part is not None
     assert part.finding == (
-        "5.0% of R1's summaries say what the passage does not, fewer than Base's 20.0%. "
+        "5.0 % of R1's summaries say what the passage does not, fewer than Base's 20.0 %. "
         "Beyond chance it rose with Zero (over Base, +4.0 pt) and it fell with R1 (over Dev2, −18.0 pt). "
-        "Without a thought R1 does so in 3.0%, with one in 5.0%."
+        "Without a thought R1 does so in 3.0 %, with one in 5.0 %."
     )
     chart = part.charts[0]
     assert chart.x_names == ["Base", "Zero", "Dev2", "R1"]

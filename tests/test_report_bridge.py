@@ -86,10 +86,10 @@ def test_titles_of_one_checkpoint() -> None:
     alone = titles(told(worth=2.0))
     assert "path" not in alone  # there is nothing to compare with
     assert alone["utility"] == "A thought buys Base 2.00 bits"
-    assert alone["places"] == "In another order, Base's steps keep 25% of what they buy"
+    assert alone["places"] == "In another order, Base's steps keep 25 % of what they buy"
     assert alone["entropy-right"] == "Right: Base has half made up its mind after 60 % of the thought"
     assert alone["entropy-wrong"] == "Wrong: Base ends as sure as where it is right"
-    assert alone["chance"] == "Half-way, Base would be right 50% of the time, at the end 90%"
+    assert alone["chance"] == "Half-way, Base would be right 50 % of the time, at the end 90 %"
     assert alone["steps"] == "Right steps buy more than wrong ones"
     assert titles(told(worth=0.1))["utility"] == "On average thoughts buy Base nothing, within the noise"
     assert titles(told(worth=-2.0))["utility"] == "A thought costs Base 2.00 bits"

@@ -121,21 +121,21 @@ def test_what_a_head_scores_by_chance_is_no_specialty(tmp_path: Path) -> None:
     stage(tmp_path, "heads", "attention", [], attention=HEADS | kept)
     part = attention.section(read_run(tmp_path))
     assert part is not None
-    assert "source (on the number in the question that is written next): head 1.2, 50%" in part.finding
-    assert "(by chance 4%)" in part.finding
+    assert "source (on the number in the question that is written next): head 1.2, 50 %" in part.finding
+    assert "(by chance 4 %)" in part.finding
     assert "same" not in part.finding  # 40 % where 25 % is chance
-    assert '<th scope="row">1.1</th><td>40%</td><td>10%</td><td>+0.200 ± 0.040</td>' in part.body
-    assert '<th scope="row">1.2</th><td>30%</td><td><b>50%</b></td><td>-0.010</td>' in part.body
-    assert '<th scope="row">by chance</th><td>25%</td><td>4%</td><td></td>' in part.body
+    assert '<th scope="row">1.1</th><td>40 %</td><td>10 %</td><td>+0.200 ± 0.040</td>' in part.body
+    assert '<th scope="row">1.2</th><td>30 %</td><td><b>50 %</b></td><td>-0.010</td>' in part.body
+    assert '<th scope="row">by chance</th><td>25 %</td><td>4 %</td><td></td>' in part.body
 
 
 def test_heads_that_were_looked_at_before_chance_was_kept(tmp_path: Path) -> None:
     stage(tmp_path, "heads", "attention", [], attention=HEADS)
     part = attention.section(read_run(tmp_path))
     assert part is not None
-    assert "same (on earlier tokens like this one): head 1.1, 40% of its weight." in part.finding
+    assert "same (on earlier tokens like this one): head 1.1, 40 % of its weight." in part.finding
     assert "by chance" not in part.finding + part.body
-    assert "<td><b>40%</b></td><td>10%</td><td>+0.200</td>" in part.body
+    assert "<td><b>40 %</b></td><td>10 %</td><td>+0.200</td>" in part.body
 
 
 # --- the layers ---
@@ -152,7 +152,7 @@ def test_compression_is_drawn_as_before_and_after(tmp_path: Path) -> None:
     part = whitebox.section(read_run(tmp_path))
     assert part is not None
     assert part.finding == (
-        "Silent units, the mean of the layers: CRATE 80%, Transformer 40%. "
+        "Silent units, the mean of the layers: CRATE 80 %, Transformer 40 %. "
         "Layers whose attention lowers the coding rate in its subspaces: CRATE 1 of 2."
     )
     before, after = part.charts[2].lines
@@ -184,7 +184,7 @@ def test_how_the_form_went(tmp_path: Path) -> None:
     # the first two steps and the last two
     assert (
         part.finding
-        == "From the first tenth of the steps to the last, zero: tones 60% → 78%, rhyme 1% → 46%."
+        == "From the first tenth of the steps to the last, zero: tones 60 % → 78 %, rhyme 1 % → 46 %."
     )
     assert [line.label for line in part.charts[0].lines] == ["tones", "rhyme", "ills"]
     assert part.charts[0].lines[1].curve.ys[-1] == 19 / 40

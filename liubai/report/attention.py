@@ -13,6 +13,7 @@ from liubai.measure.attention import KINDS
 from liubai.report.charts import stage_style
 from liubai.report.read import Curve, Run, number
 from liubai.report.section import Section
+from liubai.report.story import show
 from liubai.report.svg import Chart, Line
 
 #: a head does not live for something on which it has less of its weight than this, beyond chance: beyond what
@@ -33,7 +34,7 @@ def section(run: Run) -> Section | None:
 
 def _finding(told: dict[str, Any]) -> str:
     parts = [
-        f"{kind} ({KINDS[kind]}): head {b['layer'] + 1}.{b['head'] + 1}, {b['score']:.0%} of its weight"
+        f"{kind} ({KINDS[kind]}): head {b['layer'] + 1}.{b['head'] + 1}, {_share(b['score'])} of its weight"
         f"{_by_chance(told, kind)}"
         for kind, b in told.get("best", {}).items()
         if kind in KINDS and b["score"] - (_chance(told, kind) or 0) >= GOOD
@@ -50,7 +51,7 @@ def _chance(told: dict[str, Any], kind: str) -> float | None:
 
 def _by_chance(told: dict[str, Any], kind: str) -> str:
     chance = _chance(told, kind)
-    return "" if chance is None else f" (by chance {chance:.0%})"
+    return "" if chance is None else f" (by chance {_share(chance)})"
 
 
 def _best(table: Any) -> float | None:
@@ -69,7 +70,7 @@ def _charts(place: int, told: dict[str, Any]) -> list[Chart]:
     if len(history) < 2:
         return []
     label = str(told.get("label", ""))
-    chance = ", ".join(f"{kind} {c:.0%}" for kind in KINDS if (c := _chance(told, kind)) is not None)
+    chance = ", ".join(f"{kind} {_share(c)}" for kind in KINDS if (c := _chance(told, kind)) is not None)
     xs = tuple(float(h["step"]) for h in history)
 
     def lines(group: str, names: list[str], of: Any) -> list[Line]:
@@ -119,9 +120,9 @@ def _body(place: int, told: dict[str, Any]) -> Markup:
         by_chance = "".join(f"<td>{_share(_chance(told, k))}</td>" for k in kinds)
         rows.append(f'<tr><th scope="row">by chance</th>{by_chance}<td></td></tr>')
     table = (
-        '<div class="scroll" tabindex="0"><table class="numbers small"><caption>'
+        '<div class="scroll" tabindex="0"><table class="numbers small"><caption><span>'
         f"{escape(told.get('label', ''))}: where each head's weight goes, and the nats a token that its "
-        "answers lose when it is silent (± twice the standard error)</caption>"
+        "answers lose when it is silent (± twice the standard error)</span></caption>"
         f'<thead><tr><th scope="col">head</th>{head_row}<th scope="col">without it</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
@@ -136,7 +137,7 @@ def _cell(value: Any, chance: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}"
+    return "–" if value is None else show(value, "%", 0)
 
 
 def _pictures(text: dict[str, Any]) -> Markup:
@@ -157,7 +158,7 @@ def _pictures(text: dict[str, Any]) -> Markup:
     said, cut = escape(" ".join(tokens)), f" (its first {T} tokens of {length})" if length > T else ""
     return Markup(
         '<p class="note">Each square is a head on one text: a row a token that looks, a column a token that '
-        f"is looked at, dark where the weight is. Open one to read it. The text{cut}: <q>{said}</q></p>"
+        f"is looked at, the stronger the more weight. Open one to read it. The text{cut}: <q>{said}</q></p>"
         f'<div class="atlas">{"".join(figures)}</div>'
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 from liubai.report.bridge_draw import NOTHING, Series, Spread, Spreads, spread
 from liubai.report.charts import NEUTRAL, stage_style
 from liubai.report.read import number
+from liubai.report.story import show
 from liubai.report.svg import Line
 
 #: What stands in the place of the thought, as short as an axis wants it.
@@ -150,7 +151,7 @@ def _places(found: Sequence[Found]) -> Spreads:
         if apart(empty, mixed) > 0:
             title = f"In another order, {label(last)}'s steps are worse than none"
         elif apart(empty, mixed) < 0:
-            title = f"In another order, {label(last)}'s steps keep {kept:.0%} of what they buy"
+            title = f"In another order, {label(last)}'s steps keep {show(kept, '%', 0)} of what they buy"
         else:
             title = f"In another order, {label(last)}'s steps buy nothing, within the noise"
     elif own and mixed and apart(mixed, own) < 0:
@@ -242,7 +243,8 @@ def _chance(found: Sequence[Found]) -> Spreads | None:
     title = "The chance of a right answer"
     if middle and end and apart(middle, end):
         title = (
-            f"Half-way, {last.label} would be right {middle.mean:.0%} of the time, at the end {end.mean:.0%}"
+            f"Half-way, {last.label} would be right {show(middle.mean, '%', 0)} of the time, at the end "
+            f"{show(end.mean, '%', 0)}"
         )
     elif middle and end:
         title = f"Half-way, {last.label} would be right as often as at the end, within the noise"

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from liubai.report.bridge_charts import Found, bits, label
 from liubai.report.read import number
+from liubai.report.story import show
 
 #: Bits from which on a step's colour deepens.
 LEVELS = (0.1, 1.0, 3.0, 8.0)
@@ -42,7 +43,7 @@ def tables(found: Sequence[Found]) -> Markup:
                     '<th scope="col">in all</th><th scope="col">bits, mean</th></tr></thead>'
                     "<tbody>{}</tbody></table>"
                     '<p class="note">Forks: tokens drawn from at least {} bits.</p></div>'
-                ).format(label(told), f"{carry:.0%}", rows, bits(least))
+                ).format(label(told), show(carry, "%", 0), rows, bits(least))
             )
     return Markup('<div class="tables">{}</div>').format(Markup("").join(each)) if each else Markup("")
 

@@ -52,7 +52,8 @@ def save_figure(run: Path, out: Path) -> Path:
             step = take_off(stage.curve("reflections"))
             if step is not None:
                 axes.axvline(step, color=COLOURS[i % 6] if len(stages) > 1 else FAINT, lw=1, ls=(0, (2, 3)))
-                colour, name = (COLOURS[i % 6], "") if len(stages) > 1 else (FAINT, "take-off · ")
+                alone = len(stages) == 1
+                colour, name = (FAINT, "take-off · ") if alone else (COLOURS[i % 6], f"{stage.name} · ")
                 axes.annotate(
                     f"{name}step {step}", (step, 1), xycoords=("data", "axes fraction"),
                     xytext=(0, 3), textcoords="offset points", color=colour, fontsize=8, ha="center",

@@ -11,6 +11,7 @@ from liubai.measure.hallucination import compare
 from liubai.report.bridge_draw import Series, Spread, Spreads, spread, style
 from liubai.report.read import Curve, Run, Stage, number
 from liubai.report.section import Section
+from liubai.report.story import show
 from liubai.report.svg import Chart, Line
 
 RATE, NONE, WITHOUT, WORDS = (0, 0), (1, 0), (1, 2), (3, 0)  #: (ink, dash) of the lines
@@ -49,12 +50,10 @@ def _finding(told: Sequence[dict[str, Any]]) -> str:
         said = f"{_percent(rate)} of {last}'s summaries say what the passage does not."
     else:
         (before, first, began), (after, last, ended) = known[0], known[-1]
-        way = {
-            -1: f"fewer than {first}'s {_percent(began)}",
-            0: f"within the noise of {first}'s {_percent(began)}",
-            1: f"more than {first}'s {_percent(began)}",
-        }[_apart(before, after)]
-        said = f"{_percent(ended)} of {last}'s summaries say what the passage does not, {way}."
+        sign, grounds = _apart(before, after)
+        way = {-1: "fewer than", 0: "within the noise of", 1: "more than"}[sign]
+        said = f"{_percent(ended)} of {last}'s summaries say what the passage does not, {way} {first}'s "
+        said += f"{_percent(began)}{grounds}."
     return " ".join(sentence for sentence in (*stopped, said, _steps(told), _without(told)) if sentence)
 
 
@@ -63,23 +62,30 @@ def _thinking(told: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     return [each for each in told if each.get("thinking", True)] or told
 
 
-def _apart(before: dict[str, Any], after: dict[str, Any]) -> int:
+def _apart(before: dict[str, Any], after: dict[str, Any]) -> tuple[int, str]:
     """1 when ``after`` says too much more often than ``before``, beyond chance, −1 when less often, 0 when
     that is not known: by the paired interval over the documents that both answered; where no verdicts of the
-    same were kept, by whether the two rates' own intervals meet."""
+    same were kept, by whether the two rates' own intervals meet. And the paired interval in words, for the
+    rates' own may meet where it tells the two apart."""
     ours, theirs = after.get("verdicts"), before.get("verdicts")
     same = all(after.get(key) == before.get(key) for key in ("documents_digest", "scorer", "temperature"))
     low: float | None
+    grounds = ""
     if same and isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         ours, theirs = ([v if isinstance(v, bool) else None for v in some] for some in (ours, theirs))
-        low, high = compare(ours, theirs)["interval"] or (None, None)
+        paired = compare(ours, theirs)
+        low, high = paired["interval"] or (None, None)
+        if low is not None and high is not None:
+            grounds = (
+                f" (on the same documents {_points(paired['worse'])}, {_points(low)} to {_points(high)})"
+            )
     else:
         (a, b), (c, d) = (_ends(each.get("interval")) for each in (before, after))
         known = None not in (a, b, c, d)
         low, high = (c - b, d - a) if known else (None, None)  # type: ignore[operator]
     if low is None or high is None:
-        return 0
-    return 1 if low > 0 else -1 if high < 0 else 0
+        return 0, ""
+    return 1 if low > 0 else -1 if high < 0 else 0, grounds
 
 
 def _ends(interval: object) -> tuple[float | None, float | None]:
@@ -119,7 +125,8 @@ def _without(told: Sequence[dict[str, Any]]) -> str:
             continue
         rate, other = number(each.get("rate")), number(both.get("rate"))
         if rate is not None and other is not None:
-            return f"Without a thought {each['label']} does so in {rate:.1%}, with one in {other:.1%}."
+            said = f"Without a thought {each['label']} does so in {_percent(rate)}"
+            return f"{said}, with one in {_percent(other)}."
     return ""
 
 
@@ -198,7 +205,7 @@ def _table(told: Sequence[dict[str, Any]]) -> Markup:
         )
     heads = ("checkpoint", "answered", "of the answered", "of all", "words", "told", "copied", "change")
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    caption = "Summaries that say what the passage does not"
+    caption = "The same in numbers, with what was answered and how"
     return Markup(
         f'<div class="scroll"><table class="numbers small" id="summaries"><caption>{caption}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -207,7 +214,7 @@ def _table(told: Sequence[dict[str, Any]]) -> Markup:
 
 def _percent(value: object) -> str:
     share = number(value)
-    return "–" if share is None else f"{share:.1%}"
+    return "–" if share is None else show(share, "%")
 
 
 def _examples(stage: Stage, told: dict[str, Any]) -> Markup:
@@ -221,8 +228,8 @@ def _examples(stage: Stage, told: dict[str, Any]) -> Markup:
         for sample in wrong
     )
     label = escape(told.get("label", stage.name))
-    thought = "" if told.get("thinking", True) else ", without a thought,"
-    title = f"Some of {label}'s{thought} that the passage does not support"
+    thought = "" if told.get("thinking", True) else " without a thought"
+    title = f"Some of {label}'s summaries{thought} that the passage does not support"
     return Markup(f"<details><summary>{title}</summary><ul>{items}</ul></details>")
 
 

@@ -100,12 +100,12 @@ def columns(evaluated: Sequence[Evaluated]) -> list[Row]:
     return [row for row in rows if any(e.value(row[0]) is not None for e in evaluated)]
 
 
-def show(value: float | None, form: str) -> str:
-    """A share as a percentage, a count with ``form`` decimals, "–" for what is missing."""
+def show(value: float | None, form: str, decimals: int = 1) -> str:
+    """A share as a percentage with ``decimals``, a count with ``form`` decimals, "–" for what is missing."""
     if value is None:
         return "–"
     if form == "%":
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.{decimals}f} %"
     return f"{value:,.{form}f}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from liubai.report.charts import style
 from liubai.report.read import Curve, Run, Stage
 from liubai.report.section import Section
+from liubai.report.story import show
 from liubai.report.svg import Chart, Line
 
 #: what a stage logs, and what a poem's score weighs most
@@ -42,7 +43,11 @@ def _finding(found: Sequence[tuple[Stage, list[str]]]) -> str:
         parts = [
             (key.partition("/")[2], both) for key in keys if (both := ends(stage.curve(key))) is not None
         ]
-        told = [f"{name} {first:.0%} → {last:.0%}" for name, (first, last) in parts if name in TOLD]
+        told = [
+            f"{name} {show(first, '%', 0)} → {show(last, '%', 0)}"
+            for name, (first, last) in parts
+            if name in TOLD
+        ]
         if told:
             said.append(f"{stage.name}: {', '.join(told)}")
     if not said:

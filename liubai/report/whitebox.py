@@ -9,6 +9,7 @@ from markupsafe import Markup, escape
 from liubai.report.charts import stage_style
 from liubai.report.read import Curve, Run, number
 from liubai.report.section import Section
+from liubai.report.story import show
 from liubai.report.svg import Chart, Line
 
 SILENT = (
@@ -78,7 +79,7 @@ def _finding(found: list[dict[str, Any]]) -> str:
         for told in found
         if (known := [v for v in _layers(told, "sparsity") if v is not None])
     ]
-    listed = ", ".join(f"{name} {mean:.0%}" for name, mean in means)
+    listed = ", ".join(f"{name} {show(mean, '%', 0)}" for name, mean in means)
     return f"Silent units, the mean of the layers: {listed}.{_lowered(found)}"
 
 
