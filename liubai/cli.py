@@ -1,14 +1,12 @@
 """The commands, and nothing else. Heavy imports are inside the commands: ``--help`` must be quick.
 
-A user's mistake is one line on stderr and exit code 2; Ctrl-C is exit code 130.
+A user's mistake is one line on stderr and exit code 2; Ctrl-C is exit code 130, and SIGTERM to a run 143.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,12 +26,13 @@ from liubai.commands.plan import plan
 from liubai.commands.scaling import scaling
 from liubai.commands.serve import serve
 from liubai.commands.shared import Elsewhere, checkpoint_folder, place_for, table
+from liubai.commands.stopping import TERMINATED, Terminated, again, heeding_sigterm, under_torchrun
 from liubai.commands.whitebox import whitebox
 from liubai.errors import UserError
 from liubai.model.config import Dtype
 
 if TYPE_CHECKING:
-    pass
+    from liubai.recipe import Recipe
 
 app = typer.Typer(
     help="Bring questions and a way to check answers, get a reasoning model.",
@@ -151,13 +150,6 @@ def _shipped(name: str) -> Path:
     return path
 
 
-def _program() -> str:
-    """How the user can call this again: by name where the shell finds it, else by its path from here."""
-    if shutil.which("liubai") or not Path(sys.argv[0]).is_file():
-        return "liubai"
-    return os.path.relpath(sys.argv[0])
-
-
 def _run(
     path: Path,
     overrides: Sequence[str],
@@ -167,26 +159,18 @@ def _run(
     where: Elsewhere,
 ) -> None:
     from liubai import ranks, recipe
-    from liubai.stages.view import make_view
 
     plan = recipe.load_recipe(path, overrides)
     folder = out or Path("runs") / plan.name
-    try:
-        if where.needs_trainers():
-            from liubai.cluster.trainers import train
-
-            train(where, plan.threads, path, overrides, folder, reuse)
-            return
-        with ranks.joined(), make_view(live and ranks.is_main()) as view, where.cluster(view) as cluster:
-            recipe.run(plan, folder, view, reuse, cluster)
-            if not ranks.is_main():
+    with heeding_sigterm():
+        try:
+            if not _through(plan, path, overrides, folder, live, reuse, where):
                 return
-    except KeyboardInterrupt:
-        if not ranks.is_main():
-            raise typer.Exit(130) from None
-        again = shlex.join([_program(), *sys.argv[1:]])
-        print(f"liubai: stopped; what was saved is in {folder}; to continue: {again}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            if ranks.is_main():
+                said = f"stopped; what was saved is in {folder}; to continue: {again()}"
+                print(f"liubai: {said}", file=sys.stderr)
+            raise typer.Exit(TERMINATED if isinstance(stop, Terminated) else 130) from None
     _report(folder)
 
 
@@ -199,6 +183,29 @@ def _report(run: Path) -> None:
         print(f"liubai: note: {note}", file=sys.stderr)
     print(headline(run))
     print(f"report: {page}")
+
+
+def _through(
+    plan: Recipe,
+    path: Path,
+    overrides: Sequence[str],
+    folder: Path,
+    live: bool,
+    reuse: Sequence[Path],
+    where: Elsewhere,
+) -> bool:
+    """All stages; is it this process that has to write the report?"""
+    from liubai import ranks, recipe
+    from liubai.stages.view import make_view
+
+    if where.needs_trainers():
+        from liubai.cluster.trainers import train
+
+        train(where, plan.threads, path, overrides, folder, reuse)
+        return False
+    with ranks.joined(), make_view(live and ranks.is_main()) as view, where.cluster(view) as cluster:
+        recipe.run(plan, folder, view, reuse, cluster)
+        return ranks.is_main()
 
 
 @app.command(epilog="Example: liubai init mine && liubai check mine")
@@ -287,6 +294,8 @@ def main() -> int:
         finally:
             sys.stdout.flush()  # here, where a closed pipe can still be caught
     except UserError as error:
+        if _said_by_another():
+            return 2
         print(f"liubai{_who()}: " + " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -302,6 +311,14 @@ def main() -> int:
         print(f"liubai: {reason[:1].lower()}{reason[1:]}{place}", file=sys.stderr)
         return 2
     return 0
+
+
+def _said_by_another() -> bool:
+    """Under torchrun, until the ranks look for each other, all of a machine make the same mistake: its first
+    says so."""
+    from liubai import ranks
+
+    return under_torchrun() and os.environ.get("LOCAL_RANK", "0") != "0" and not ranks.sought()
 
 
 def _who() -> str:

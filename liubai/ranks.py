@@ -52,6 +52,7 @@ GONE = (
 )
 
 _rank, _world = 0, 1
+_sought = False
 _meshes: dict[str, DeviceMesh] = {}
 _told = 0  # tasks that rank 0 has told, or that this process has heard
 
@@ -72,6 +73,11 @@ def world() -> int:
 
 def is_main() -> bool:
     return _rank == 0
+
+
+def sought() -> bool:
+    """Has this process begun to look for the others?"""
+    return _sought
 
 
 # ---- beginning and end ----
@@ -104,7 +110,8 @@ def _join(count: int) -> None:
     import torch
     from torch import distributed
 
-    global _rank, _world
+    global _rank, _world, _sought
+    _sought = True
     patience = _patience()
     gpu = torch.cuda.is_available()
     if gpu:

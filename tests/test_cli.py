@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,8 @@ import typer
 
 import liubai
 import liubai.stages
-from liubai import cli
+from liubai import cli, ranks
+from liubai.commands import stopping
 
 ROOT = Path(liubai.__file__).parent.parent
 COMMANDS = tuple(sorted(typer.main.get_command(cli.app).commands))  # type: ignore[attr-defined]
@@ -177,7 +179,8 @@ def test_zero_runs_the_shipped_recipe(
     assert reports == [Path("here")]
 
 
-def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_say_how_to_continue(how: signal.Signals, exit_code: int, tmp_path: Path) -> None:
     (tmp_path / "toys.toml").write_text(
         RECIPE.replace("steps = 4", "steps = 4000\npause = 0.01\nsave_every = 2")
     )
@@ -188,13 +191,56 @@ def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
     while not (tmp_path / "runs/toys/1-base/state").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(how)
     out, err = process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert process.returncode == exit_code
     assert err == (
         "liubai: stopped; what was saved is in runs/toys; to continue: liubai run toys.toml --set seed=1\n"
     )
     assert "base: toy, 4000 steps" in out
+
+
+def test_how_to_continue_is_a_command_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(sys, "argv", [cli.__file__, "run", "a b.toml"])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    assert stopping.again() == "bin/python -m liubai.cli run 'a b.toml'"
+    monkeypatch.setattr(shutil, "which", {"python": sys.executable}.get)
+    assert stopping.again() == "python -m liubai.cli run 'a b.toml'"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert stopping.again() == "the same torchrun command"
+
+
+def test_sigterm_twice_at_once_is_once() -> None:
+    """`timeout` sends it to the program and to its group."""
+    cleaned = []
+
+    def stopped() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            cleaned.append(True)
+
+    with pytest.raises(stopping.Terminated), stopping.heeding_sigterm():
+        stopped()
+    assert cleaned
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_under_torchrun_a_mistake_is_said_once(liubai_: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("toys.toml").write_text(RECIPE + "stpes = 3\n")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        result = liubai_("run", "toys.toml")
+        assert (result.code, result.err.count("did you mean 'steps'")) == (2, int(rank == "0"))
+    # the others did not come: who says so may be the only one
+    monkeypatch.setattr(ranks, "_sought", True)
+    assert "did you mean" in mistake(liubai_("run", "toys.toml"))
 
 
 def test_ctrl_c_elsewhere_is_130_and_quiet(liubai_: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,16 @@ def test_a_rank_killed_for_its_memory_is_a_loss(where: str, ray: ScriptedRay) ->
     assert "(Task was killed due to the node running low on memory); all 2 ranks start again" in note
 
 
+def test_a_rank_that_sigterm_has_ended_is_a_loss(ray: ScriptedRay) -> None:
+    """It ends in order, with an exit code of its own: a node that is emptied is nobody's mistake."""
+    told = Said((), ("liubai: stopped; what was saved is in run",), 143)
+    ray.actors = [rank(told), rank(WELL), rank(WELL), rank(WELL)]
+    group = Group()
+    group.run()
+    assert group.trainers.losses == 1
+    assert "rank 0 of 2 was ended by SIGTERM" in group.notes[0]
+
+
 def test_a_mistake_of_ours_is_no_loss(ray: ScriptedRay) -> None:
     wrong = RayTaskError(TypeError("no such argument"))
     ray.actors = [rank(WELL), rank(start=lambda *_: wrong)]

@@ -376,7 +376,7 @@ def wait_for(
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_however_a_run_ends_its_cluster_ends_with_it(how: signal.Signals, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.replace("steps = 4\n", "steps = 100000\n"))
@@ -387,9 +387,11 @@ def test_however_a_run_ends_its_cluster_ends_with_it(how: signal.Signals, tmp_pa
     assert any("raylet" in name for name in marked(mark))
     process.send_signal(how)
     _, said = process.communicate(timeout=60)
-    if how is signal.SIGINT:
-        assert process.returncode == 130
+    if how is not signal.SIGKILL:
+        assert process.returncode == 128 + how
         assert "to continue:" in said
+        assert "Stack trace" not in said
+        assert "*** SIGTERM" not in said
         assert "Traceback" not in said
     # two of Ray's own helpers try for a minute to tell somebody of the death of the rest
     wait_for(lambda: all("Agent" in name for name in marked(mark)), seconds=60)

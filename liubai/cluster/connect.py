@@ -10,8 +10,10 @@ Another one that happens to be running is never joined.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -171,6 +173,11 @@ def connect(address: str, beside: int = 0) -> None:
     except ImportError as error:
         raise UserError(f"--cluster needs Ray ({error}); pip install 'liubai[ray]'") from error
     _hush(ray)
+    with _sigterm_as_it_was():
+        _init(ray, address, named, beside)
+
+
+def _init(ray: Any, address: str, named: str, beside: int) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not address:
         cores = len(os.sched_getaffinity(0)) + beside
@@ -205,6 +212,17 @@ def _hush(ray: Any) -> None:
     in a line."""
     if hasattr(ray._private.worker, "print_to_stdstream"):
         ray._private.worker.print_to_stdstream = lambda *_, **__: None
+
+
+@contextmanager
+def _sigterm_as_it_was() -> Iterator[None]:
+    """Ray takes the signal, to print a trace of its C++ and be gone; whoever had it before gets it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

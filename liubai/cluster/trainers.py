@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from liubai.cluster.actors import ActorLost, fetched
 from liubai.cluster.placement import Places, Share, room, told
+from liubai.commands.stopping import TERMINATED
 from liubai.errors import UserError
 
 if TYPE_CHECKING:
@@ -283,6 +284,8 @@ class Trainers:
                 codes[rank] = code
                 if code:  # the others will notice, or wait for it for ever
                     deadline = min(deadline, time.monotonic() + GRACE)
+        # a rank that was told to end has said so in its own way, and is as lost as one that was killed
+        codes = {rank: -signal.SIGTERM if code == TERMINATED else code for rank, code in codes.items()}
         killed = [rank for rank, code in sorted(codes.items()) if code < 0]
         if killed:
             what = _signal(-codes[killed[0]])
