@@ -14,6 +14,8 @@ from liubai.errors import UserError
 from liubai.plan import memory
 from liubai.plan.advice import Layout, Planner, bottleneck, training_memory
 from liubai.plan.hardware import DEVICES
+from liubai.stages.policy import groups_ahead
+from liubai.stages.rl import Config
 
 
 def planner(
@@ -68,6 +70,28 @@ def test_nothing_is_written_ahead_where_no_answer_may_be_old(seven: Path, tmp_pa
     ways = {k: {one.way for one in planner(seven, tmp_path, 16, staleness=k).layouts()} for k in (0, 1)}
     assert ways[0] == {"in turn", "apart, synchronous"}
     assert ways[1] - ways[0] == {"in turn, in flight", "apart, asynchronous"}
+
+
+def test_in_turn_and_apart_are_given_the_same_lead(seven: Path, tmp_path: Path) -> None:
+    """Small steps on many GPUs: whoever fills all slots learns from answers of dozens of updates ago."""
+    sets = ("zero.groups=8", "zero.slots=512")
+    by_way = {one.way: one for one in planner(seven, tmp_path, 64, "h200", *sets).layouts()}
+    one = by_way["in turn, in flight"]
+    assert one.writing.rhythm.batch == 8 * 16 * 2 / 64
+    assert one.unbounded == 256.0
+    assert one.rate < by_way["apart, asynchronous"].rate
+
+
+@pytest.mark.parametrize(
+    ("bound", "writers", "groups"),
+    [(None, 1, 16), (None, 4, 16), (0, 1, 0), (1, 1, 8), (1, 4, 2), (5, 1, 16), (1, 64, 1)],
+)
+def test_a_run_begins_no_more_than_was_planned(bound: int | None, writers: int, groups: int) -> None:
+    config = Config(
+        model="x", steps=1, groups=8, samples=16, slots=256, inflight=True, max_staleness=bound
+    )  # fmt: skip
+    assert groups_ahead(config, config.slots, writers) == groups
+    assert groups_ahead(config.model_copy(update={"inflight": False}), config.slots, writers) == 0
 
 
 VLLM = ("zero.engine.kind=vllm", "zero.lora.rank=16")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from liubai.plan.advice import Layout
+    from liubai.plan.advice import Planner
     from liubai.plan.hardware import Device
     from liubai.plan.reading import Job
 
@@ -71,7 +71,7 @@ def plan(
             told["stages"].append(_supervised(job, device, gpus, threads))
         else:
             planner = Planner(job, device, gpus, staleness, threads)
-            told["stages"].append(_own_answers(job, planner.layouts()))
+            told["stages"].append(_own_answers(job, planner))
     if as_json:
         print(json.dumps(told, ensure_ascii=False))
         return
@@ -140,12 +140,12 @@ def _supervised(job: Job, device: Device, gpus: int, threads: int) -> dict[str, 
     return found
 
 
-def _own_answers(job: Job, layouts: list[Layout]) -> dict[str, Any]:
-    from liubai.plan.advice import bottleneck
+def _own_answers(job: Job, planner: Planner) -> dict[str, Any]:
+    from liubai.plan.advice import AHEAD, bottleneck
 
-    work = job.work
-    assert work is not None
+    work, layouts = planner.work, planner.layouts()
     best = max(layouts, key=lambda layout: layout.rate)
+    bound: int | None = getattr(job.config, "max_staleness", None)
     steps = getattr(job.config, "steps", 0)
     what, helps = bottleneck(best, work)
     return _model(job) | {
@@ -178,6 +178,10 @@ def _own_answers(job: Job, layouts: list[Layout]) -> dict[str, Any]:
             for one in layouts
         ],
         "suggested": best.way,
+        # None: this way writes nothing ahead
+        "staleness": planner.staleness if best.way in AHEAD else None,
+        # what a run would do that does not set the bound that was planned with
+        "staleness without a bound": best.unbounded if best.way in AHEAD and bound is None else None,
         "bottleneck": what,
         "would help": helps,
         "hours": steps * best.step / 3600,
@@ -242,9 +246,25 @@ def _stage(stage: dict[str, Any]) -> list[str]:
         *lines,
         f"  * suggested (trainer + rollout); {_time(stage['hours'] * 3600)} for all steps, new weights take "
         f"{_time(best['seconds']['transfer'])}",
+        *_lead(stage),
         f"  bottleneck: {stage['bottleneck']}",
         f"  what would help: {stage['would help']}",
     ]
+
+
+def _lead(stage: dict[str, Any]) -> list[str]:
+    """How old answers get, where they are written ahead; and what the run needs for it to be so."""
+    bound, free = stage["staleness"], stage["staleness without a bound"]
+    if bound is None:
+        return []
+    line = f"  answers are up to {_updates(bound)} old"
+    if free is not None and free > bound:
+        line += f" with max_staleness = {math.ceil(bound)} in the stage; without it, {_updates(free)}"
+    return [line]
+
+
+def _updates(count: float) -> str:
+    return f"{count:,.3g} update{'' if count == 1 else 's'}"
 
 
 def _memory(sides: dict[str, dict[str, float]]) -> list[str]:

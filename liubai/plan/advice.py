@@ -40,7 +40,8 @@ class Side:
 class Layout:
     """One way to share the machines out. ``step`` are the seconds of a step, ``rate`` the tokens a second
     that it yields; ``parts`` GPUs make one engine, of its ``kind`` and with ``slots`` slots; ``fit`` answers
-    of full length are in its cache, at most."""
+    of full length are in its cache, at most. ``unbounded``: updates that writing would run ahead where
+    nothing bounds it."""
 
     way: Way
     trainer: Side
@@ -55,6 +56,7 @@ class Layout:
     transfer: float
     step: float
     rate: float
+    unbounded: float
 
     @property
     def update_seconds(self) -> float:
@@ -110,6 +112,11 @@ class Planner:
         """Numbers of trainer GPUs to try: of a few nodes every number, of many whole nodes."""
         unit = self.device.node if self.gpus >= 4 * self.device.node else 1
         return iter(range(unit, self.gpus, unit))
+
+    def unbounded(self, engines: int) -> float:
+        """Updates of lead that so many engines take where the stage has no max_staleness: what fills their
+        slots (:func:`liubai.stages.policy.groups_ahead`)."""
+        return self.slots * engines / self.work.answers
 
     # memory
 
@@ -167,7 +174,7 @@ class Planner:
         if way == "in turn":
             writing = roofline.at_once(self.model, self.device, self.work, self.gpus, slots)
         else:
-            ahead = self.work.answers + self.slots * self.gpus
+            ahead = self.work.answers * (1 + min(self.staleness, self.unbounded(self.gpus)))
             writing = roofline.without_end(self.model, self.device, self.work, self.gpus, slots, ahead=ahead)
         update = self._update(self.gpus, microbatch)
         sent = roofline.transfer(self.model, self.device, self.gpus) if self.gpus > 1 else 0.0
@@ -176,6 +183,7 @@ class Planner:
             way=way, trainer=Side(gpus=self.gpus, memory=learning), kind=self.kind, parts=1,
             rollout=Side(gpus=self.gpus, memory=rollout), slots=self.slots, fit=fit, microbatch=microbatch,
             writing=writing, update=update, transfer=sent, step=step, rate=self.work.written / step,
+            unbounded=self.unbounded(self.gpus),
         )  # fmt: skip
 
     def _apart(self, way: Way, trainer: int) -> Layout | None:
@@ -200,8 +208,7 @@ class Planner:
             way=way, trainer=Side(gpus=trainer, memory=learning),
             rollout=Side(gpus=engines * parts, memory=rollout), kind=self.kind, parts=parts,
             slots=self.slots, fit=fit, microbatch=microbatch, writing=writing, update=update, transfer=sent,
-            step=step,
-            rate=self.work.written / step,
+            step=step, rate=self.work.written / step, unbounded=self.unbounded(engines),
         )  # fmt: skip
 
     def parts(self) -> int:

@@ -220,7 +220,7 @@ class Policy:
             weights=config.rewards,
             weights_of=config.rewards_of,
             scorers=self._scorers,
-            ahead=max(1, self._slots() // config.samples) if config.inflight else 0,
+            ahead=groups_ahead(config, self._slots(), ranks.world() if self._embedded else 1),
             max_staleness=config.max_staleness,
         )
 
@@ -379,6 +379,18 @@ class Policy:
 def _copy(tensors: Callable[[], Mapping[str, Tensor]], saved: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors().items():
         tensor.copy_(saved[name])
+
+
+def groups_ahead(config: PolicyConfig, slots: int, writers: int = 1) -> int:
+    """Groups that each of so many ``writers`` with ``slots`` slots begins beyond those of its step. In
+    flight, as many as fill the slots; with a bound on staleness, no more than the updates of lead that it
+    allows: what is begun beyond would be too old when its turn comes."""
+    if not config.inflight or config.max_staleness == 0:
+        return 0
+    most = slots // config.samples
+    if config.max_staleness is not None:
+        most = min(most, config.groups * config.max_staleness // writers)
+    return max(1, most)
 
 
 def lr_scale(config: PolicyConfig, step: int) -> float:
