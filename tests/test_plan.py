@@ -34,7 +34,7 @@ SHAPES = [
 ROUND = Device(
     name="round", memory=100e9, flops={"bfloat16": 1e12, "float32": 1e11}, bandwidth=1e9, link=1e8,
     network=1e7, source="made up", usable=1.0, training=1.0, reading=1.0, streaming=1.0, step_seconds=0.5,
-    layer_seconds=0.25,
+    layer_seconds=0.25, launch_seconds=0.0,
     hop_seconds=0.0,
 )  # fmt: skip
 
@@ -226,6 +226,18 @@ def test_one_answer_reads_the_weights_and_a_thousand_multiply() -> None:
     assert crowd["arithmetic"] == pytest.approx(10_000 * 2 * (model.size.inner + model.size.head) / 1e12)
 
 
+def test_kernels_are_started_beside_what_they_compute() -> None:
+    """Of the two, the slower counts; where it is the starting, there is no figure to believe."""
+    model = shape_of()
+    work = Work(groups=1, samples=1, prompt=0, tokens=1000, longest=1000, microbatch=250)
+    plain = roofline.update(model, ROUND, work, context=0)
+    slow = roofline.update(model, replace(ROUND, launch_seconds=0.5), work, context=0)
+    assert slow["arithmetic"] + slow["launches"] == pytest.approx(4 * 3 * 0.5)  # micro-batches, layers
+    assert (roofline.too_small(plain), roofline.too_small(slow)) == (False, True)
+    quick = roofline.update(model, replace(ROUND, launch_seconds=1e-12), work, context=0)
+    assert sum(quick.values()) == sum(plain.values())
+
+
 def test_an_update_is_six_operations_a_weight_and_eight_with_checkpointing() -> None:
     model, size = shape_of(), memory.sizes(SHAPES[0])
     work = Work(groups=1, samples=1, prompt=0, tokens=1000, longest=1000)
@@ -304,7 +316,7 @@ def test_gpus_are_those_of_their_data_sheets() -> None:
         assert known.gpu
         # operations a byte: between 100 and 450 for everything built since 2020
         assert 100 < known.flops["bfloat16"] / known.bandwidth < 450
-    with pytest.raises(UserError, match="did you mean 'h100'"):
+    with pytest.raises(UserError, match="valid: h100, h200"):
         device("h10")
 
 

@@ -53,6 +53,7 @@ def test_the_command_on_this_machine(liubai_: Any) -> None:
     assert "measured now" in result.out
     assert "reads" in result.out  # pre-training
     assert "data sheet" not in result.out
+    assert "(holes: what malloc keeps" in result.out
 
 
 PRETRAIN = """
@@ -100,7 +101,9 @@ def test_as_many_threads_as_torch_has(liubai_: Any, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--gpu", "b300"], "not known"),
+        (["--gpu", "b300"], "valid: h100, h200, a100, l40s, 4090, cpu"),
+        (["--gpus", "3", "--gpu", "a100"], "needs 72.1 GB on each of 3 × a100, and a program has 72.0 GB"),
+        (["--gpus", "64", "--prompt", "100000"], "would help: prompts of fewer than 100,000 tokens"),
         (["--tokens", "9000"], "more than max_tokens"),
         (["--model-config", "nowhere.json"], "cannot read the model's shape"),
         (["--set", "zero.nope=1"], "unknown key"),
@@ -135,6 +138,30 @@ def test_a_shape_that_nobody_has_is_asked_for(
     result = liubai_("plan", str(write(tmp_path, RECIPE.format(model="nobody/nothing"))))
     assert result.code == 2
     assert "--model-config FILE" in result.err
+
+
+def test_the_name_of_the_gpu_is_looked_at_first(
+    liubai_: Any, seven: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub takes its time to be away."""
+    result = liubai_("plan", "there/is/no/recipe.toml", "--gpu", "h1000")
+    assert (result.code, "--gpu 'h1000' is not known" in result.err) == (2, True)
+    recipe = str(write(tmp_path, RECIPE.format(model=seven)))
+    assert "64 × h200 (" in liubai_("plan", recipe, "--gpus", "64", "--gpu", "H200").out
+    # under torchrun one says it for all
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", "1")
+    assert liubai_("plan", recipe, "--gpus", "64").out == ""
+
+
+def test_no_figures_where_fixed_costs_decide(liubai_: Any) -> None:
+    result = liubai_("plan", "recipes/r1.toml", "--gpus", "64")
+    assert result.code == 0
+    assert "too small for these GPUs" in result.out
+    assert "reads" not in result.out
+    assert " in all\n" not in result.out
+    assert "for all steps" not in result.out
+    assert "with max_staleness = 1 in the stage; without it, 56 updates" in result.out
 
 
 def test_a_recipe_that_trains_nothing_is_refused(liubai_: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
     from liubai.plan.reading import Job
 
 GB = 1e9
+#: what is said in the place of figures that would be wrong by more than a factor
+TOO_SMALL = "too small for these GPUs: fixed costs would decide, which are not foretold"
+#: rows of the memory table that say nothing to who has not read the code
+ROWS = {
+    "replicas": "gradients of each thread's own",
+    "holes": "what malloc keeps beside what it was asked for",
+}
 
 
 def plan(
@@ -54,17 +62,24 @@ def plan(
 
     An estimate by rooflines (docs/scale.md says how far off it was where it could be measured).
     """
+    from liubai.commands.stopping import under_torchrun
+    from liubai.plan.hardware import device as device_of
+    from liubai.plan.hardware import known
+
+    name = known(gpu)  # before anything that takes time
+    if under_torchrun() and os.environ.get("RANK", "0") != "0":
+        return  # nothing here is shared out: the first says it all
+
     import torch
 
     from liubai.plan.advice import Planner
-    from liubai.plan.hardware import device as device_of
     from liubai.plan.reading import jobs
     from liubai.recipe import load_recipe
 
     asked = load_recipe(recipe, overrides or [])
     found = jobs(asked, given=model_config, tokens=tokens, prompt=prompt)
     threads = asked.threads or torch.get_num_threads()
-    device = device_of(gpu, threads)
+    device = device_of(name, threads)
     told: dict[str, Any] = {"recipe": asked.name, "gpus": gpus, "device": _device(device), "stages": []}
     for job in found:
         if job.work is None:
@@ -104,9 +119,9 @@ def _supervised(job: Job, device: Device, gpus: int, threads: int) -> dict[str, 
     from dataclasses import replace
 
     from liubai.errors import UserError
-    from liubai.plan.advice import dtype_of, microbatch_of, training_memory
+    from liubai.plan.advice import dtype_of, microbatch_of, told_apart, training_memory
     from liubai.plan.memory import layered
-    from liubai.plan.roofline import Model, Work, update
+    from liubai.plan.roofline import Model, Work, too_small, update
 
     room, tokens = device.memory * device.usable, microbatch_of(job, device)
     steps, each = getattr(job.config, "steps", 0), getattr(job.config, "tokens_per_step", 0)
@@ -114,9 +129,11 @@ def _supervised(job: Job, device: Device, gpus: int, threads: int) -> dict[str, 
         tokens = min(tokens, math.ceil(each / (gpus if gpus == 1 else 2 * gpus)))
     while sum((parts := training_memory(job, device, tokens, gpus, threads)).values()) > room:
         if tokens < 256:
+            need, has = told_apart(sum(parts.values()), room)
             raise UserError(
-                f"stage '{job.stage}' does not fit: {sum(parts.values()) / GB:,.0f} GB on each of {gpus} × "
-                f'{device.name}; set checkpointing = true or optimizer_state = "bfloat16", or take more GPUs'
+                f"stage '{job.stage}' does not fit: {need} GB on each of {gpus} × {device.name}, and a "
+                f'program has {has} GB; set checkpointing = true or optimizer_state = "bfloat16", or take '
+                "more GPUs"
             )
         tokens //= 2
     read = each or 64 * tokens * gpus
@@ -134,6 +151,7 @@ def _supervised(job: Job, device: Device, gpus: int, threads: int) -> dict[str, 
         "memory": {"trainer": parts},
         "microbatch": tokens,
         "tokens/s": {"read": read / sum(seconds.values())},
+        "too small": too_small(seconds),
     }
     if steps and each:
         found["hours"] = steps * each / found["tokens/s"]["read"] / 3600
@@ -142,6 +160,7 @@ def _supervised(job: Job, device: Device, gpus: int, threads: int) -> dict[str, 
 
 def _own_answers(job: Job, planner: Planner) -> dict[str, Any]:
     from liubai.plan.advice import AHEAD, bottleneck
+    from liubai.plan.roofline import too_small
 
     work, layouts = planner.work, planner.layouts()
     best = max(layouts, key=lambda layout: layout.rate)
@@ -174,6 +193,7 @@ def _own_answers(job: Job, planner: Planner) -> dict[str, Any]:
                 "memory": {"trainer": one.trainer.memory, "rollout": one.rollout.memory},
                 "writing goes to": one.writing.shares,
                 "update goes to": one.update,
+                "too small": too_small(one.update),
             }
             for one in layouts
         ],
@@ -213,9 +233,11 @@ def _head(stage: dict[str, Any]) -> str:
 
 def _reader(stage: dict[str, Any]) -> list[str]:
     hours = f", {_time(stage['hours'] * 3600)} in all" if "hours" in stage else ""
+    table = [_head(stage), *_memory({"trainer": stage["memory"]["trainer"]})]
+    if stage["too small"]:
+        return [*table, f"  {TOO_SMALL}"]
     return [
-        _head(stage),
-        *_memory({"trainer": stage["memory"]["trainer"]}),
+        *table,
         f"  reads {stage['tokens/s']['read']:,.0f} tokens/s in micro-batches of {stage['microbatch']:,} "
         f"tokens{hours}",
     ]
@@ -238,14 +260,16 @@ def _stage(stage: dict[str, Any]) -> list[str]:
         apart = way["way"].startswith("apart")
         gpus = f"{way['trainer']} + {way['rollout']}" if apart else f"{way['trainer']}"
         speed = way["tokens/s"]
+        learned = "–" if way["too small"] else f"{speed['learned']:,.0f}"
         lines.append(
             f"{'*' if way is best else ' '} {way['way']:<22}{gpus:>11}{speed['written']:>18,.0f}"
-            f"{speed['learned']:>12,.0f}{speed['all']:>12,.0f}{_time(way['seconds']['step']):>10}"
+            f"{learned:>12}{speed['all']:>12,.0f}{_time(way['seconds']['step']):>10}"
         )
+    times = f"{_time(stage['hours'] * 3600)} for all steps, new weights take "
+    times += _time(best["seconds"]["transfer"])
     return [
         *lines,
-        f"  * suggested (trainer + rollout); {_time(stage['hours'] * 3600)} for all steps, new weights take "
-        f"{_time(best['seconds']['transfer'])}",
+        f"  * suggested (trainer + rollout); {TOO_SMALL if best['too small'] else times}",
         *_lead(stage),
         f"  bottleneck: {stage['bottleneck']}",
         f"  what would help: {stage['would help']}",
@@ -274,7 +298,8 @@ def _memory(sides: dict[str, dict[str, float]]) -> list[str]:
     rows = [f"  {'GB for each GPU':<22}" + "".join(f"{side:>11}" for side in sides)]
     for name in names:
         rows.append(f"    {name:<20}" + "".join(_cell(parts.get(name, 0)) for parts in sides.values()))
-    return [*rows, f"    {'all':<20}" + "".join(_cell(sum(parts.values())) for parts in sides.values())]
+    rows.append(f"    {'all':<20}" + "".join(_cell(sum(parts.values())) for parts in sides.values()))
+    return rows + [f"  ({name}: {meaning})" for name, meaning in ROWS.items() if name in names]
 
 
 def _cell(size: float) -> str:

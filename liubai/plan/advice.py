@@ -237,35 +237,51 @@ class Planner:
 
     def _too_large(self) -> str:
         least = self.training_with(self.work.longest, self.gpus)
-        need, name = sum(least.values()) / 1e9, self.device.name
-        if need * 1e9 <= self.room:
+        need, name = sum(least.values()), self.device.name
+        if need <= self.room:
             spread = ', or engine = "vllm" or a server, which one model can be spread over GPUs with'
+            shorter = "lower max_tokens"
+            if self.work.prompt > self.work.longest:
+                shorter = f"prompts of fewer than {self.work.prompt:,} tokens (--prompt)"
             return (
                 f"stage '{self.job.stage}': no engine fits beside the trainer on {self.gpus} × {name}; more "
-                f"GPUs, lower max_tokens{spread if self.kind == 'torch' else ''}"
+                f"GPUs, {shorter}{spread if self.kind == 'torch' else ''}"
             )
         if (whole := least["whole models"]) > self.room:
+            large, room = told_apart(whole, self.room)
             return (
-                f"stage '{self.job.stage}' does not fit: every GPU that learns has {whole / 1e9:,.0f} GB of "
+                f"stage '{self.job.stage}' does not fit: every GPU that learns has {large} GB of "
                 "whole models (a copy that writes answers, and those that are only read), and a program has "
-                f"{self.room / 1e9:,.0f} GB on one {name}; no number of them helps: take GPUs with more "
+                f"{room} GB on one {name}; no number of them helps: take GPUs with more "
                 "memory, or a smaller model"
             )
         helps = ", ".join(self._helps()) or "a smaller model"
+        large, room = told_apart(need, self.room)
         return (
-            f"stage '{self.job.stage}' does not fit: an update needs {need:,.0f} GB on each of "
-            f"{self.gpus} × {name}, and a program has {self.room / 1e9:,.0f} GB; what would help: {helps}, "
+            f"stage '{self.job.stage}' does not fit: an update needs {large} GB on each of "
+            f"{self.gpus} × {name}, and a program has {room} GB; what would help: {helps}, "
             "more GPUs"
         )
 
     def _helps(self) -> Iterator[str]:
         config = self.job.config
+        if self.work.prompt > self.work.longest:
+            yield f"prompts of fewer than {self.work.prompt:,} tokens (--prompt)"
         if not config.checkpointing:
             yield "checkpointing = true"
         if config.optimizer_state == "float32":
             yield 'optimizer_state = "bfloat16"'
         if self.job.lora is None and hasattr(config, "lora"):
             yield "lora"
+
+
+def told_apart(more: float, less: float) -> tuple[str, str]:
+    """Two sizes in GB with as many digits as show which is larger."""
+    for digits in range(4):
+        found = f"{more / 1e9:,.{digits}f}", f"{less / 1e9:,.{digits}f}"
+        if found[0] != found[1]:
+            break
+    return found
 
 
 def dtype_of(job: Job, device: Device) -> str:
@@ -321,19 +337,20 @@ def training_memory(job: Job, device: Device, tokens: int, ranks: int, threads: 
 
 #: part of a decoding step -> what it means, and what would help where it is not the number of answers
 SLOW = {
-    "weights": ("reading the weights, once a step for only {batch:.0f} answers at once", ""),
+    "weights": ("reading the weights, once a step for only {batch}", ""),
     "keys and values": (
-        "reading keys and values of {batch:.0f} answers at once",
+        "reading keys and values of {batch}",
         "memory bandwidth, or shorter answers; a larger batch does not help",
     ),
-    "arithmetic": ("arithmetic, with {batch:.0f} answers at once", "only more rollout GPUs"),
+    "arithmetic": ("arithmetic, with {batch}", "only more rollout GPUs"),
     "sampling": ("choosing tokens from a large vocabulary", "only more rollout GPUs"),
-    "fixed cost": ("what a step costs whoever takes part, with {batch:.0f} answers at once", ""),
+    "fixed cost": ("what a step costs whoever takes part, with {batch}", ""),
     "prompts": ("reading prompts", "shorter prompts, or more samples for each"),
 }
 #: part of an update -> what would help
 LEARNING = {
     "arithmetic": "more GPUs that learn",
+    "launches": "larger micro-batches, or fewer GPUs that learn: they wait to be told what to do",
     "activations": "more machines that learn: a small model's layers are walks over memory",
     "exchange": "larger micro-batches (each gathers all weights anew), or fewer GPUs that learn",
     "optimizer": "more tokens in a step: the optimizer's walk over memory costs the same",
@@ -357,7 +374,9 @@ def bottleneck(layout: Layout, work: Work) -> tuple[str, str]:
         )
     worst = max(writing.shares, key=lambda name: writing.shares[name])
     what, helps = SLOW[worst]
-    return f"writing ({what.format(batch=writing.rhythm.batch)})", helps or _more_at_once(layout)
+    count = f"{writing.rhythm.batch:.0f}"
+    batch = f"{count} answer{'' if count == '1' else 's'} at once"
+    return f"writing ({what.format(batch=batch)})", helps or _more_at_once(layout)
 
 
 def _more_at_once(layout: Layout) -> str:

@@ -206,15 +206,26 @@ def update(
         weights = (2 if work.layered else 1) * SIZES[model.dtype] * size.parameters
         moved = rounds * (weights + 4 * size.trained) * (ranks - 1) / ranks
         exchange = work.epochs * moved / device.between(ranks)
+    # what is computed is started by Python, which may be slower than the device; a pass forward is a third
+    passes = work.epochs * (3 + again) + work.forwards
+    rounds = math.ceil(read / ranks / work.microbatch)
+    launches = rounds * passes / 3 * model.config.num_hidden_layers * device.launch_seconds
     moments = 2 * SIZES[work.moments]
     walked = work.epochs * 2 * size.trained * (2 * 4 + moments) / ranks
     return {
         "arithmetic": arithmetic,
+        "launches": max(0.0, launches - arithmetic),
         "activations": walks * kept / stream / ranks,
         # layer by layer it goes on behind the arithmetic, as far as that reaches
         "exchange": max(0.0, exchange - arithmetic) if work.layered else exchange,
         "optimizer": walked / stream,
     }
+
+
+def too_small(update: dict[str, float]) -> bool:
+    """Is a device idle for most of an :func:`update`, until it is told what to do? How long that takes
+    depends on what is not known here."""
+    return update["launches"] > update["arithmetic"]
 
 
 def transfer(model: Model, device: Device, devices: int) -> float:
