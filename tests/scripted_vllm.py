@@ -36,6 +36,7 @@ class Script:
     scale_out: bool = True
     hang: set[str] = field(default_factory=set)  #: paths that it never answers
     broken: dict[str, str] = field(default_factory=dict)  #: path -> the sentence of an error 500
+    pages: dict[str, int] = field(default_factory=dict)  #: path -> the status of a page for people
     deaf: bool = False  #: takes new weights and goes on with the old ones
     raw: bool = False  #: gives log-probabilities at temperature 1
     sticky: bool = False  #: keeps its prefix cache
@@ -250,6 +251,8 @@ def serving(script: Script) -> Iterator[tuple[ScriptedVLLM, str]]:
                 query = {name: values[0] for name, values in parse_qs(parts.query).items()}
                 status, said = program.post(path, query, body)
             data = json.dumps(said).encode()
+            if path in script.pages:
+                status, data = script.pages[path], b"<!DOCTYPE HTML><html><p>Nothing here.</html>"
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

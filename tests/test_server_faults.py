@@ -28,7 +28,13 @@ from liubai.rollout.engines import EngineConfig, engine_for
         ({"version": "1.0.0"}, r"pip install 'vllm==0\.32\.\*'"),
         ({"max_model_len": 199}, "holds 199 tokens, prompt and answer may have 200"),
         ({"missing": {"/is_paused"}}, "has no /is_paused: start it with VLLM_SERVER_DEV_MODE=1"),
-        ({"missing": {"/version"}}, "has no /version"),
+        (
+            {"missing": {"/version"}},
+            r"no vLLM server there, at http://\S+ \(status 404\); is the url right\?",
+        ),
+        ({"pages": {"/version": 404}}, r"\(status 404\); is the url right\? It is the root, without /v1$"),
+        ({"pages": {"/version": 200}}, r"no vLLM server there.*\(status 200\)"),
+        ({"pages": {"/v1/models": 502}}, r"/v1/models: status 502$"),
         ({"hang": {"/is_paused"}}, "/is_paused has not answered for 1 s"),
         ({"broken": {"/v1/models": "out of   order"}}, "/v1/models: out of order"),
     ],
@@ -161,3 +167,18 @@ def test_the_canary_stops_a_run_whose_server_is_not(fault: str, stack: ExitStack
         c.engine.load(c.model.state_dict(), 0)
         with pytest.raises(NotArrived, match="sampling temperature"):
             canary.look(0)
+
+
+def test_the_first_disagreement_names_the_precision(stack: ExitStack, about: Path) -> None:
+    """vLLM serves a checkpoint in float32 in bfloat16, unless told otherwise."""
+    c = Connected(stack, about, tiny_model(1))
+    c.engine.load(c.model.state_dict(), 0)
+    canary = c.canary()
+    score = canary.score
+    wrong = lambda samples: [[one - 0.01 for one in row] for row in score(samples)]  # noqa: E731
+    canary.score = wrong
+    with pytest.raises(NotArrived, match=r"computes in float32, .*start it with --dtype float32, or set"):
+        canary.look(0)
+    canary._looks.clear()
+    with pytest.raises(NotArrived, match=r"the bound 0\.001\. Either the new weights"):
+        canary.look(1)  # it was right before

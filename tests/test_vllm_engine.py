@@ -112,7 +112,12 @@ def changed(model: Transformer, seed: int) -> None:
     ],
 )
 def test_new_weights_arrive(
-    family: str, transport: Any, lora: LoraConfig | None, tmp_path: Path, stack: ExitStack
+    family: str,
+    transport: Any,
+    lora: LoraConfig | None,
+    tmp_path: Path,
+    stack: ExitStack,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     model, _ = save_family(family, tmp_path / "c")
     if lora:
@@ -136,6 +141,8 @@ def test_new_weights_arrive(
         engine.load(model.state_dict(), 2)
     stack.close()
     assert not (tmp_path / "weights").exists()
+    said = capfd.readouterr()
+    assert "it/s" not in said.out + said.err  # a bar for each transfer
 
 
 def test_answers_go_on_under_new_weights(tmp_path: Path, stack: ExitStack) -> None:

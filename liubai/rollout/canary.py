@@ -69,7 +69,8 @@ class _Look:
 
 class Canary:
     """``write`` lets the engine answer, ``score`` gives the trainer's log-probabilities of the answers'
-    tokens. ``bound``: the mean |Δ log-probability| that arithmetic explains."""
+    tokens. ``bound``: the mean |Δ log-probability| that arithmetic explains. ``first``: what is said of a
+    disagreement at the first look, beside what may always be the reason."""
 
     def __init__(
         self,
@@ -81,8 +82,10 @@ class Canary:
         temperature: float,
         seed: int,
         max_tokens: int = TOKENS,
+        first: str = "",
     ) -> None:
         self.write, self.score, self.bound = write, score, bound
+        self.first = first
         # the same seeds every time: an engine with the same weights says the same
         self.requests = [
             Request(
@@ -131,9 +134,10 @@ class Canary:
         kept = (k for k in self._looks if self._number - k.number < 2 * (k.number & -k.number))
         self._looks = [*kept, look]
         if not self.gap <= self.bound:  # NaN, too
+            either = f"{self.first}. Else either" if self.first and self._number == 1 else "Either"
             raise NotArrived(
                 f"engine and trainer disagree after the transfer of version {version}: mean |Δ log-prob| of "
-                f"{len(ours)} tokens is {self.gap:.3g}, the bound {self.bound:g}. Either the new weights "
+                f"{len(ours)} tokens is {self.gap:.3g}, the bound {self.bound:g}. {either} the new weights "
                 "did not reach the engine, or it computes something else: another precision or model, or "
                 "log-probabilities that are not at the sampling temperature (a server needs --logprobs-mode "
                 "processed_logprobs). If 16 bits alone can explain it, raise engine.bound"

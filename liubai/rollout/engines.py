@@ -240,14 +240,22 @@ def canary_for(
     ask = getattr(engine, "ask", None)
     if config.kind == "torch" or ask is None or not config.canary:
         return None  # of our own engine, wherever it is, ``update`` looks at every token
+    dtype, first = model.head_weight.dtype, ""
+    if config.kind == "server":  # vLLM has bfloat16 for a checkpoint in float32 unless told otherwise
+        here = str(dtype).removeprefix("torch.")
+        first = (
+            f"This trainer computes in {here}, and the server has to, too: start it with --dtype {here}, or "
+            "set the stage's precision to the server's"
+        )
     canary = Canary(
         list(prompts)[: config.canary],
         ask,
         lambda samples: scores(model, samples, temperature),
-        bound=config.tolerance(model.head_weight.dtype),
+        bound=config.tolerance(dtype),
         temperature=temperature,
         seed=seed,
         max_tokens=max_tokens,
+        first=first,
     )
     each = getattr(engine, "ask_each", None)
     return Canaries(canary, each) if each else canary

@@ -1,9 +1,10 @@
 """Answers by an unmodified ``vllm serve``, over HTTP: tokens in, tokens out.
 
-The server has to be started so (``VLLM_ALLOW_RUNTIME_LORA_UPDATING`` for ``transport = "lora"`` alone)::
+The server has to be started so (``VLLM_ALLOW_RUNTIME_LORA_UPDATING`` for ``transport = "lora"`` alone; DTYPE
+is the trainer's, and N has room for prompt and max_tokens)::
 
     VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve CHECKPOINT --enable-scale-out \\
-        --logprobs-mode processed_logprobs --generation-config vllm --max-model-len 4096
+        --logprobs-mode processed_logprobs --generation-config vllm --dtype DTYPE --max-model-len N
 
 Its development endpoints change weights and are open to whoever reaches them: keep it on a network of your
 own. A key, if it wants one, is in VLLM_API_KEY.
@@ -37,6 +38,8 @@ from liubai.rollout.outside import Begun, Heard, OutsideEngine, require_supporte
 from liubai.rollout.transport import Receiver, Transport
 
 GENERATE = "/inference/v1/generate"
+#: every vLLM server knows it, and is asked for it first
+VERSION = "/version"
 #: What a server lacks that does not know a path, or has it switched off.
 SWITCHES = {
     GENERATE: "--enable-scale-out",
@@ -102,6 +105,11 @@ class Server:
             said = json.loads(text) if text.strip() else None
         except ValueError:
             said = text.decode(errors="replace")  # some say a sentence
+        if path == VERSION and (status == 404 or (status < 400 and not isinstance(said, dict))):
+            raise UserError(
+                f"no vLLM server there, at {self.url} (status {status}); is the url right? It is the root, "
+                "without /v1"
+            )
         if status in (403, 404) and (switch := self._switch(path, said)):
             raise UserError(f"the server at {self.url} has no {path}: start it with {switch}")
         if status >= 400:
@@ -118,7 +126,7 @@ class Server:
     def require(self, max_length: int) -> None:
         """Raises ``UserError`` unless it can do all that will be asked of it, and is of a version that was
         tried."""
-        version = str((self.call("GET", "/version", timeout=SHORT) or {}).get("version", "unknown"))
+        version = str((self.call("GET", VERSION, timeout=SHORT) or {}).get("version", "unknown"))
         require_supported(version, f"the vLLM server at {self.url}")
         for card in self.call("GET", "/v1/models", timeout=SHORT)["data"]:
             room = card.get("max_model_len")
@@ -332,4 +340,6 @@ def _reason(said: Any) -> str:
     if isinstance(said, dict):
         inner = said.get("error", said.get("detail", said.get("message")))
         said = inner.get("message") if isinstance(inner, dict) else inner
+    if str(said or "").lstrip().startswith("<"):
+        return ""  # a page of somebody in between, for people with a browser
     return " ".join(str(said or "").split())[:300]

@@ -91,6 +91,7 @@ class VLLMEngine(OutsideEngine):
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,  # a bar for each transfer
             "seed": 0,
         }
         if torch.cuda.is_available():
