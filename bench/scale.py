@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -199,6 +200,12 @@ def main() -> None:
                 outcome = simulate(pipeline(run, gpus, staleness, hours, asked.seed), updates)
                 found[staleness, hours, gpus] = outcome
                 answers += outcome.lengths_begun[1]
+                every = 2 * len(STALENESS) * len(GPUS)
+                print(
+                    f"{len(found)} of {every}: {name(staleness)}, {gpus:,} GPUs that "
+                    f"last {hours:,.0f} hours; {time.perf_counter() - begun:.0f} s so far",
+                    file=sys.stderr,
+                )
     print(f"Tokens/s that are learned from, by GPUs that write; a GPU lasts {LLAMA:,.0f} hours:\n")
     print(table(found, LLAMA))
     print(

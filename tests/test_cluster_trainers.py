@@ -7,6 +7,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,8 @@ import liubai.cluster.trainers as module
 from liubai import ranks
 from liubai.cluster import connect as way
 from liubai.cluster import placement
-from liubai.cluster.placement import Share, how_many
-from liubai.cluster.trainers import LONG, RankFailed, Said, TrainerActor, Trainers
+from liubai.cluster.placement import Places, Share, how_many
+from liubai.cluster.trainers import LONG, RankFailed, Said, TrainerActor, Trainers, as_asked
 from liubai.errors import UserError
 from liubai.rollout.engines import EngineConfig
 
@@ -214,6 +215,50 @@ def test_as_many_as_the_single_nodes_have_room_for(share: Share, nodes: list[Sha
     assert how_many(5, share, nodes) == 5
 
 
+@pytest.fixture
+def full(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A cluster of two cores where nothing more finds a place; how long was waited each time."""
+    waited: list[float] = []
+
+    class GetTimeoutError(Exception): ...
+
+    def get(ref: object, timeout: float) -> None:
+        waited.append(timeout)
+        raise GetTimeoutError
+
+    ray, util, exceptions = ModuleType("ray"), ModuleType("ray.util"), ModuleType("ray.exceptions")
+    ray.get = get  # type: ignore[attr-defined]
+    ray.cluster_resources = ray.available_resources = lambda: {"CPU": 2.0}  # type: ignore[attr-defined]
+    group = SimpleNamespace(ready=object)
+    util.placement_group = lambda *_, **__: group  # type: ignore[attr-defined]
+    util.remove_placement_group = lambda _: None  # type: ignore[attr-defined]
+    exceptions.GetTimeoutError = GetTimeoutError  # type: ignore[attr-defined]
+    for part in (ray, util, exceptions):
+        monkeypatch.setitem(sys.modules, part.__name__, part)
+    return waited
+
+
+def test_a_cluster_of_this_machine_has_no_room_at_once(full: list[float]) -> None:
+    with pytest.raises(UserError, match=r"no room for 5 actors of 1 CPU each: it has 2 CPU.* enough for 2;"):
+        Places(5, Share(1.0), "SPREAD", "actors", fixed=True)
+    assert full == []
+
+
+def test_what_is_waited_for_is_said_soon(full: list[float]) -> None:
+    notes: list[str] = []
+    with pytest.raises(UserError, match="the cluster has no room for 5 actors of 1 CPU each within 60 s"):
+        Places(5, Share(1.0), "SPREAD", "actors", notes.append)
+    assert full == pytest.approx([5, 60], abs=1)
+    (note,) = notes
+    assert note.startswith("the cluster is waited for to have room for 5 actors of 1 CPU each, 60 s at most")
+
+
+def test_the_report_is_where_the_user_said() -> None:
+    whole = f"report: {Path('runs/x').absolute()}/report.html"
+    assert as_asked(whole, Path("runs/x")) == "report: runs/x/report.html"
+    assert as_asked(whole, Path("runs/y")) == whole
+
+
 # ---- the way to a cluster ----
 
 
@@ -242,7 +287,7 @@ def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
 
 def test_the_first_gpu_is_this_processs_own_where_it_learns(local: dict[str, Any]) -> None:
-    way.connect("auto")
+    assert way.connect("auto")  # it cannot grow
     assert local["gpus"] == "1,2"
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
 

@@ -524,6 +524,18 @@ def test_threads_are_set_for_torch(recipe: Path, tmp_path: Path, monkeypatch: py
     assert asked == [2, 2]
 
 
+def test_too_many_threads_are_said_once_with_what_to_do(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    view = go(recipe, tmp_path / "out", "threads=4")
+    said = [line for line in view.said if "threads" in line]
+    assert said == ["4 threads on 2 cores: they will wait for each other; --set threads=2"]
+
+
 # Killing
 
 

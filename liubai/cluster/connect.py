@@ -43,12 +43,13 @@ class Cluster:
 
     def __init__(self, address: str, view: View, actors: int | None = None) -> None:
         self.address, self.view, self.actors = address, view, actors
+        self._fixed = False
         self._engine: RemoteEngine | None = None
 
     def __enter__(self) -> Self:
         from liubai.cluster.placement import room
 
-        connect(self.address)
+        self._fixed = connect(self.address)
         # asked once: what an engine has given back is not free at once, and the number of actors decides bits
         self._room = room()
         return self
@@ -121,7 +122,8 @@ class Cluster:
         self._let_go()
         threads = torch.get_num_threads()
         share = Share(1.0, gpus) if gpus else Share(threads)
-        places = Places(how_many(self.actors, share, self._room), share, "SPREAD", "rollout actors")
+        count = how_many(self.actors, share, self._room)
+        places = Places(count, share, "SPREAD", "rollout actors", self.view.warn, self._fixed)
         self._engine = RemoteEngine(
             RayCrew(build, places, threads),
             slots=slots,
@@ -155,11 +157,11 @@ def joined() -> bool:
     return ray is not None and ray.is_initialized()
 
 
-def connect(address: str, beside: int = 0) -> None:
+def connect(address: str, beside: int = 0) -> bool:
     """Join the cluster at ``address``; see the module for ``auto``. A cluster of this machine alone gives its
     cores to those who write, and counts ``beside`` more for ranks that learn there: who learns waits for
     them, and they for it. Without ranks it is this process that learns, and of several GPUs the first is its
-    own. Raises ``UserError``."""
+    own. Is it such a cluster, which cannot grow? Raises ``UserError``."""
     # before the import, which reads them
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     named = f"--cluster '{address}'"
@@ -175,6 +177,7 @@ def connect(address: str, beside: int = 0) -> None:
     _hush(ray)
     with _sigterm_as_it_was():
         _init(ray, address, named, beside)
+    return not address
 
 
 def _init(ray: Any, address: str, named: str, beside: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
@@ -12,8 +13,8 @@ from liubai.errors import UserError
 
 #: Bytes that a grader asks for. It sleeps most of the time: no core is reserved for it.
 GRADER_MEMORY = 256 << 20
-#: Seconds that the first placement may take.
-PLACED = 60.0
+#: Seconds that the first placement may take, and after which a line says what is waited for.
+PLACED, LATE = 60.0, 5.0
 #: Tells a rank what room there is: see :func:`told`.
 ROOM = "LIUBAI_CLUSTER_ROOM"
 
@@ -33,24 +34,48 @@ class Share:
 
 class Places:
     """``size`` processes with a ``share`` each, spread over the nodes or packed onto few. When a node is
-    lost, Ray finds another place for its share, as soon as there is one."""
+    lost, Ray finds another place for its share, as soon as there is one. ``fixed``: the cluster is this
+    machine, and will never have more than it has.
 
-    def __init__(self, size: int, share: Share, strategy: Literal["SPREAD", "PACK"], what: str) -> None:
+    Raises ``UserError`` where there is no room for them, at once or after a minute; ``warn`` is told before.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        share: Share,
+        strategy: Literal["SPREAD", "PACK"],
+        what: str,
+        warn: Callable[[str], None] | None = None,
+        fixed: bool = False,
+    ) -> None:
         import ray
         from ray.exceptions import GetTimeoutError
         from ray.util import placement_group
 
         self.size, self.share = size, share
-        self._group: Any = placement_group([share.bundle()] * size, strategy=strategy)
-        try:
-            ray.get(self._group.ready(), timeout=PLACED)
-        except GetTimeoutError:
-            self.give_back()
+        asked = f"{size} {what} of {_said(share)} each"
+        if fixed and size > (most := _fit(share, total())):
             raise UserError(
-                f"the cluster has no room for {size} {what} of {_said(share)} each within {PLACED:.0f} s; "
-                f"it has {_said(total())} in all, of which {_said(free())} are free. Ask for fewer, or start "
-                "more nodes"
-            ) from None
+                f"this machine has no room for {asked}: it has {_said(total())}, which is enough for {most}; "
+                "ask for fewer"
+            )
+        self._group: Any = placement_group([share.bundle()] * size, strategy=strategy)
+        ready, began = self._group.ready(), time.monotonic()
+        for seconds in (LATE, PLACED):
+            try:
+                ray.get(ready, timeout=max(0.0, began + min(seconds, PLACED) - time.monotonic()))
+                return
+            except GetTimeoutError:
+                if seconds < PLACED and warn:
+                    has = f"it has {_said(total())}, of which {_said(free())} are free"
+                    warn(f"the cluster is waited for to have room for {asked}, {PLACED:.0f} s at most; {has}")
+        self.give_back()
+        raise UserError(
+            f"the cluster has no room for {asked} within {PLACED:.0f} s; "
+            f"it has {_said(total())} in all, of which {_said(free())} are free. Ask for fewer, or start "
+            "more nodes"
+        )
 
     def options(self, place: int) -> dict[str, Any]:
         """For ``.options`` of a Ray actor."""

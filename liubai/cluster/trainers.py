@@ -180,7 +180,7 @@ class Trainers:
     def run(self) -> None:
         """Returns when all ranks have ended well. Raises ``UserError`` when they have not, were lost too
         often or are not there in time, and :class:`RankFailed`."""
-        places = Places(self.size, self.share, "PACK", "trainers")
+        places = Places(self.size, self.share, "PACK", "trainers", self._warn)
         in_a_row = 0
         try:
             while True:
@@ -332,6 +332,12 @@ def _signal(number: int) -> str:
         return f"signal {number}"
 
 
+def as_asked(line: str, out: Path) -> str:
+    """The last line of a run, with the path as the user gave it: a rank was given the whole one."""
+    begin = f"report: {out.absolute()}"
+    return f"report: {out}{line.removeprefix(begin)}" if line.startswith(begin) else line
+
+
 def train(
     where: Elsewhere,
     threads: int,
@@ -365,7 +371,7 @@ def train(
         share = Share(max(1, threads), 1.0 if total().gpus else 0.0)
 
         def say(line: str, aside: bool) -> None:
-            print(line, file=sys.stderr if aside else sys.stdout, flush=True)
+            print(as_asked(line, out), file=sys.stderr if aside else sys.stdout, flush=True)
 
         Trainers(command, where.trainers, share, say, lambda text: say(f"note: {text}", False)).run()
     finally:

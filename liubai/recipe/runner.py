@@ -51,12 +51,14 @@ TRAIN, HOLD_OUT = ("rl", "ppo", "distill", "sample"), ("rl", "ppo", "distill", "
 
 @dataclass
 class _Session:
-    """``anew``: has this call computed anything that belongs to its recipe?"""
+    """``anew``: has this call computed anything that belongs to its recipe? ``crowded``: has it said that
+    there are more threads than cores?"""
 
     view: View
     reuse: Sequence[Path]
     cluster: Cluster | None
     anew: bool = False
+    crowded: bool = False
 
 
 def run(
@@ -213,8 +215,13 @@ def _stage(
 
             torch.set_num_threads(recipe.threads)
         threads = recipe.threads * ranks.on_this_machine()
-        if threads > (os.cpu_count() or threads):
-            view.warn(f"{threads} threads on {os.cpu_count()} cores: they will wait for each other")
+        cores = os.cpu_count() or threads
+        if threads > cores and not session.crowded:
+            session.crowded = True
+            fewer = max(1, cores // ranks.on_this_machine())
+            view.warn(
+                f"{threads} threads on {cores} cores: they will wait for each other; --set threads={fewer}"
+            )
         # written by the one who computes, not by every later look at a finished run
         continues = (folder / "state").exists()
         _record(folder.parent / "environment.json", describe(recipe.threads), continues, view)
