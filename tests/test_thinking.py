@@ -234,6 +234,13 @@ def test_who_was_made_to_think_on_gets_to_the_answer() -> None:
     assert (own.response, own.answer, own.thought_tokens, own.tokens) == ("a b", None, 2, 3)
 
 
+def test_a_thought_that_is_opened_behind_the_answer_is_left_as_it_is() -> None:
+    """Its end has been told already, and cannot be taken back."""
+    path, _, _ = told(WORDS, lambda b: "<think>" if "</think>" in b else "a", at_least=2, budget=2)
+    assert path.response == "a wait </think> <think>"
+    assert path.ended
+
+
 def test_a_chinese_thought_waits_in_chinese() -> None:
     says = along("甲 </think>", "甲 等等 乙 </think> <answer> 1 </answer>")
     assert told(WORDS, says, at_least=2)[0].thought == "甲 等等 乙"

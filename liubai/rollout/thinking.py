@@ -261,7 +261,7 @@ async def go_on(
             if length < ask.at_least:
                 draft = _made_to_go_on(ask, draft, length, before, longest, ear)
                 continue
-        if ended and still and draft.waits and last in tokenizer.eos_ids:
+        if ended and still and thinks and draft.waits and last in tokenizer.eos_ids:
             # it was made to think on, and has thought itself out: there is no answer yet
             ear.flush(but=1)
             draft = _closed(ask, draft.cut(len(draft.ids) - 1), heard)
