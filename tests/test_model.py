@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -449,6 +451,17 @@ def test_the_weights_are_not_those_of_the_file(checkpoint: Path) -> None:
     path = checkpoint / "model.safetensors"
     path.write_bytes(b"\0" * path.stat().st_size)
     assert torch.equal(model.head_weight, before)
+
+
+def test_to_load_and_write_takes_no_compiler(checkpoint: Path) -> None:
+    """torch._dynamo is a second of every process's start, and comes in by side doors."""
+    program = (
+        "import sys, torch\nfrom liubai.model.checkpoint import load\n"
+        "model, _ = load(sys.argv[1])\nmodel(torch.tensor([[1, 2, 3]])).sum().backward()\n"
+        "print(sorted({'torch._dynamo', 'torch'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(checkpoint)], capture_output=True, text=True)
+    assert done.stdout == "['torch']\n", done.stderr
 
 
 def test_every_end_token_ends_an_answer(checkpoint: Path) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from liubai.model import kernels
 
@@ -47,7 +46,7 @@ def fused(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, groups: bool) -> Tenso
         k_BSKE, v_BSKE = (t.repeat_interleave(size, 2) for t in (k_BSKE, v_BSKE))
     # the kernels' own causal mask begins at the first key; this one ends at the last, and costs no memory
     # where they know it
-    bias = causal_lower_right(T, S) if S > T else None
+    bias = _lower_right(T, S) if S > T else None
     return F.scaled_dot_product_attention(
         q_BTHE.transpose(1, 2),
         k_BSKE.transpose(1, 2),
@@ -56,6 +55,13 @@ def fused(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, groups: bool) -> Tenso
         is_causal=bias is None,
         enable_gqa=size > 1 and groups,
     ).transpose(1, 2)
+
+
+def _lower_right(T: int, S: int) -> Tensor:
+    # imported here: it brings PyTorch's compiler with it, half of the time that a process needs to start
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(T, S)
 
 
 class _Short(Function):

@@ -19,6 +19,15 @@ from liubai.model.matmul import Linear
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
+class Embedding(nn.Embedding):
+    """``nn.Embedding`` that begins at zero: its weights are drawn by whoever builds a model, or read. Normal
+    numbers of no device, where a model is its shapes alone, would bring PyTorch's compiler with them, half of
+    the time that a process needs to start."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
 class RMSNorm(nn.Module):
     """Holds the weight of :func:`liubai.model.functions.rms_norm`."""
 

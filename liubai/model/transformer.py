@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from liubai.errors import UserError
 from liubai.model.attention import attention
 from liubai.model.blocks import Attend as Attend
-from liubai.model.blocks import Block, RMSNorm
+from liubai.model.blocks import Block, Embedding, RMSNorm
 from liubai.model.config import Llama3Rope, ModelConfig
 from liubai.model.crate import CrateBlock
 from liubai.model.matmul import Linear, linear
@@ -80,11 +80,11 @@ class Transformer(nn.Module):
         self.config = config
         self.checkpointing = False
         self._decoding: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.block: type[Block | CrateBlock] = CrateBlock if config.crate else Block
         self.layers = nn.ModuleList(self.block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._rope = rope_table(0, config.head_dim, config.rope_theta, config.rope_scaling)
+        self._rope = torch.empty(0), torch.empty(0)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
