@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,23 @@ def test_held_out_problems_are_all_different() -> None:
     problems = distinct_problems(countdown, "eval", 1, 200)
     assert len({countdown.key(p) for p in problems}) == 200
     assert problems[:50] == distinct_problems(countdown, "eval", 1, 50)
-    with pytest.raises(UserError, match="not 5000"):
-        distinct_problems(countdown, "eval", 1, 5000)
+
+
+def test_a_family_without_so_many_problems_says_how_many() -> None:
+    class Few:
+        name = "few"
+
+        def sample(self, rng: random.Random) -> Problem:
+            return Problem(str(rng.randrange(40)), "0", "exact")
+
+        def key(self, problem: Problem) -> str:
+            return problem.prompt
+
+    held_out = [str(i) for i in range(40) if split_of(f"few/{i}") == "eval"]
+    found = distinct_problems(Few(), "eval", 1, len(held_out))  # type: ignore[arg-type]
+    assert sorted(p.prompt for p in found) == sorted(held_out)
+    with pytest.raises(UserError, match=f"'few' has only about {len(held_out)} eval problems, not 41"):
+        distinct_problems(Few(), "eval", 1, 41)  # type: ignore[arg-type]
 
 
 def test_the_corpus_never_shows_an_eval_problem() -> None:
