@@ -6,11 +6,13 @@ BIN := .venv/bin
 zero: setup
 	$(BIN)/liubai zero
 
+# A file at a time in each of two processes: what a file's tests share is made once, and while one waits (for a
+# server, a killed process, a limit) the other computes.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 setup: .venv/ready
 
