@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from serving import chat, house_of, says, tokenizer
 
@@ -189,6 +189,7 @@ def test_a_path_is_split_as_its_stream_was(parts: list[str], prefilled: str, see
     st.sampled_from(["</think>", "</think> 4", " </think>\n4", "\n</think>\n\n4"]),
     st.sampled_from([BYTES, WORDS]),
 )
+@example([" ", "留"], "</think>", BYTES)  # its first token is a space and a part of the character
 def test_the_tokens_of_a_thought_end_where_its_tag_begins(
     parts: list[str], rest: str, tokenizer: TextTokenizer
 ) -> None:

@@ -296,8 +296,9 @@ class Speech:
                 place.length -= length
                 self._places.extendleft(reversed(parts))
                 return
+            parts.append(self._places.popleft())
             length -= place.length
-            parts = [] if place.length else [*parts, place]
-            self._places.popleft()
-            if of_thought and self._state == "reasoning":
-                self.thought_tokens += place.token is not None
+            if place.length:
+                if of_thought and self._state == "reasoning":
+                    self.thought_tokens += sum(part.token is not None for part in parts)
+                parts = []
