@@ -32,6 +32,7 @@ class Script:
     model: Transformer
     version: str = "0.32.0"
     max_model_len: int = 256
+    replicas: int = 1  #: engines, of two workers each
     missing: set[str] = field(default_factory=set)  #: paths that it does not know
     scale_out: bool = True
     hang: set[str] = field(default_factory=set)  #: paths that it never answers
@@ -131,7 +132,8 @@ class ScriptedVLLM:
             self.changed.notify_all()
         return 200, {}
 
-    def get(self, path: str) -> tuple[int, Any]:
+    def get(self, path: str, query: dict[str, str]) -> tuple[int, Any]:
+        engines = 1 if query.get("include_dp") == "false" else self.script.replicas
         cards: list[dict[str, Any]] = [
             {"id": "model", "max_model_len": self.script.max_model_len, "parent": None},
             *({"id": name, "max_model_len": None, "parent": "model"} for name in self.adapters),
@@ -140,7 +142,7 @@ class ScriptedVLLM:
             "/version": {"version": self.script.version},
             "/v1/models": {"data": cards},
             "/is_paused": {"is_paused": self.paused},
-            "/get_world_size": {"world_size": 2},
+            "/get_world_size": {"world_size": 2 * engines},
         }[path]
 
     def reload(self, folder: Path) -> None:
@@ -241,14 +243,14 @@ def serving(script: Script) -> Iterator[tuple[ScriptedVLLM, str]]:
                 with program.changed:
                     program.changed.wait_for(lambda: program.closed)
                 return
+            query = {name: values[0] for name, values in parse_qs(parts.query).items()}
             if path in script.missing:
                 status, said = 404, {"detail": "Not Found"}
             elif path in script.broken:
                 status, said = refused(500, script.broken[path])
             elif self.command == "GET":
-                status, said = program.get(path)
+                status, said = program.get(path, query)
             else:
-                query = {name: values[0] for name, values in parse_qs(parts.query).items()}
                 status, said = program.post(path, query, body)
             data = json.dumps(said).encode()
             if path in script.pages:

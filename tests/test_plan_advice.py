@@ -78,20 +78,51 @@ def test_in_turn_and_apart_are_given_the_same_lead(seven: Path, tmp_path: Path) 
     by_way = {one.way: one for one in planner(seven, tmp_path, 64, "h200", *sets).layouts()}
     one = by_way["in turn, in flight"]
     assert one.writing.rhythm.batch == 8 * 16 * 2 / 64
-    assert one.unbounded == 256.0
     assert one.rate < by_way["apart, asynchronous"].rate
 
 
 @pytest.mark.parametrize(
-    ("bound", "writers", "groups"),
-    [(None, 1, 16), (None, 4, 16), (0, 1, 0), (1, 1, 8), (1, 4, 2), (5, 1, 16), (1, 64, 1)],
+    ("bound", "writers", "groups", "elsewhere"),
+    [
+        (None, 1, 8, 8),
+        (None, 4, 2, 2),
+        (0, 1, 0, 0),
+        (1, 1, 8, 8),
+        (1, 4, 2, 2),
+        (5, 1, 16, 40),
+        (1, 64, 1, 1),
+    ],
 )
-def test_a_run_begins_no_more_than_was_planned(bound: int | None, writers: int, groups: int) -> None:
+def test_a_run_begins_no_more_than_was_planned(
+    bound: int | None, writers: int, groups: int, elsewhere: int
+) -> None:
     config = Config(
         model="x", steps=1, groups=8, samples=16, slots=256, inflight=True, max_staleness=bound
     )  # fmt: skip
     assert groups_ahead(config, config.slots, writers) == groups
-    assert groups_ahead(config.model_copy(update={"inflight": False}), config.slots, writers) == 0
+    assert groups_ahead(config, None, writers) == elsewhere  # it goes on during an update
+    for slots in (config.slots, None):
+        assert groups_ahead(config.model_copy(update={"inflight": False}), slots, writers) == 0
+
+
+@pytest.mark.parametrize("bound", [None, 0, 1, 3])
+def test_run_and_plan_have_one_lead(bound: int | None, seven: Path, tmp_path: Path) -> None:
+    sets = (
+        "zero.groups=64",
+        "zero.inflight=true",
+        *SERVER,
+        *([] if bound is None else [f"zero.max_staleness={bound}"]),
+    )
+    job = job_of(seven, tmp_path, 2500, *sets)
+    plan = Planner(job, DEVICES["h100"], 64)
+    found = plan._apart("apart, asynchronous", 40)
+    assert found
+    config = job.config
+    assert isinstance(config, Config)
+    begun = (config.groups + groups_ahead(config, None)) * config.samples
+    assert found.writing.rhythm.batch == min(
+        found.fit, config.slots, begun / (found.rollout.gpus / found.parts)
+    )
 
 
 VLLM = ("zero.engine.kind=vllm", "zero.lora.rank=16")

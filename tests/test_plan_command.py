@@ -161,7 +161,14 @@ def test_no_figures_where_fixed_costs_decide(liubai_: Any) -> None:
     assert "reads" not in result.out
     assert " in all\n" not in result.out
     assert "for all steps" not in result.out
-    assert "with max_staleness = 1 in the stage; without it, 56 updates" in result.out
+    assert "answers are begun up to 1 update ahead\n" in result.out
+    further = liubai_("plan", "recipes/r1.toml", "--gpus", "64", "--staleness", "4").out
+    assert "answers are begun up to 4 updates ahead, with max_staleness = 4 in the stage\n" in further
+    sets = ("--set", "zero.max_staleness=4")
+    assert (
+        "answers are begun up to 4 updates ahead\n"
+        in liubai_("plan", "recipes/r1.toml", "--gpus", "64", *sets).out
+    )
 
 
 def test_a_recipe_that_trains_nothing_is_refused(liubai_: Any, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ who wrote which token, and in which order weights are exchanged. The real server
 from __future__ import annotations
 
 import copy
+import resource
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liubai.rollout.engine import Partial, StaleWeights, generate
+from liubai.rollout.server_engine import connections
 from liubai.types import Sample, Stop
 
 
@@ -34,6 +36,35 @@ def test_answers_have_the_trainers_logprobs(stack: ExitStack, about: Path) -> No
         assert len(sample.completion_ids) == request.max_tokens or sample.completion_ids[-1] == EOS
     assert {s.stop for s in samples} == {Stop.EOS, Stop.LENGTH}
     assert samples == generate(c.engine, requests)
+
+
+def test_each_engine_of_a_server_is_asked_for_as_many_as_there_are_slots(
+    stack: ExitStack, about: Path
+) -> None:
+    c = Connected(stack, about, tiny_model(1), replicas=3, allowed=0)
+    c.engine.load(c.model.state_dict(), 0)
+    c.engine.submit(ask(i) for i in range(30))
+    c.engine.step()
+    c.program.wait_until(24, 0)
+    assert len(c.program.asked) == 24
+    c.program.allow(1_000_000)
+    assert len(run_out(c.engine)) == 30
+
+
+def test_more_connections_than_a_program_is_begun_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (400, limits[1]))
+        assert connections(100) == 100
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 400
+        assert connections(500) == 500
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 500
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    # where the system does not give them, there are fewer
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (400, 600))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limit: None)
+    assert 0 < connections(10_000) < 600
 
 
 def test_what_is_told_of_an_answer_is_told_once(stack: ExitStack, about: Path) -> None:

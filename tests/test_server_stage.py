@@ -23,6 +23,7 @@ from liubai.rollout.canary import NotArrived
 from liubai.rollout.engines import EngineConfig
 from liubai.stages import rl
 from liubai.stages.context import Context
+from liubai.stages.policy import Policy
 
 
 @pytest.mark.parametrize(
@@ -148,6 +149,19 @@ def test_a_stage_learns_from_answers_of_a_server(
         assert row["grad_norm"] > 0
     assert (program.label, program.paused, program.writing, program.adapters) == ("2", False, {}, {})
     assert not (folder / "weights").exists()
+
+
+@pytest.mark.parametrize(("bound", "groups"), [(None, 6), (0, 3), (2, 9)])
+def test_a_server_has_work_during_an_update(
+    bound: int | None, groups: int, base: Path, tmp_path: Path, stack: ExitStack
+) -> None:
+    """A step's groups, and those of as many steps as it may be ahead, whatever the slots."""
+    model, _ = load(base / "checkpoint")
+    _, url = stack.enter_context(serving(Script(model, max_model_len=4096)))
+    config = stage(base, url, steps=1, inflight=True, max_staleness=bound)
+    with Policy(config, Context(tmp_path / "1-zero", 0, {}, Silent())) as policy:
+        policy.write(0)
+        assert policy.rollouts.next_index == groups
 
 
 def test_a_stage_stops_when_its_weights_do_not_arrive(

@@ -164,7 +164,6 @@ def _own_answers(job: Job, planner: Planner) -> dict[str, Any]:
 
     work, layouts = planner.work, planner.layouts()
     best = max(layouts, key=lambda layout: layout.rate)
-    bound: int | None = getattr(job.config, "max_staleness", None)
     steps = getattr(job.config, "steps", 0)
     what, helps = bottleneck(best, work)
     return _model(job) | {
@@ -200,8 +199,7 @@ def _own_answers(job: Job, planner: Planner) -> dict[str, Any]:
         "suggested": best.way,
         # None: this way writes nothing ahead
         "staleness": planner.staleness if best.way in AHEAD else None,
-        # what a run would do that does not set the bound that was planned with
-        "staleness without a bound": best.unbounded if best.way in AHEAD and bound is None else None,
+        "staleness of the stage": job.config.lead,  # type: ignore[attr-defined]
         "bottleneck": what,
         "would help": helps,
         "hours": steps * best.step / 3600,
@@ -277,13 +275,13 @@ def _stage(stage: dict[str, Any]) -> list[str]:
 
 
 def _lead(stage: dict[str, Any]) -> list[str]:
-    """How old answers get, where they are written ahead; and what the run needs for it to be so."""
-    bound, free = stage["staleness"], stage["staleness without a bound"]
-    if bound is None:
+    """How far ahead answers are begun, and what the run needs for it to be so."""
+    lead = stage["staleness"]
+    if lead is None:
         return []
-    line = f"  answers are up to {_updates(bound)} old"
-    if free is not None and free > bound:
-        line += f" with max_staleness = {math.ceil(bound)} in the stage; without it, {_updates(free)}"
+    line = f"  answers are begun up to {_updates(lead)} ahead"
+    if lead != stage["staleness of the stage"]:
+        line += f", with max_staleness = {math.ceil(lead)} in the stage"
     return [line]
 
 

@@ -40,8 +40,7 @@ class Side:
 class Layout:
     """One way to share the machines out. ``step`` are the seconds of a step, ``rate`` the tokens a second
     that it yields; ``parts`` GPUs make one engine, of its ``kind`` and with ``slots`` slots; ``fit`` answers
-    of full length are in its cache, at most. ``unbounded``: updates that writing would run ahead where
-    nothing bounds it."""
+    of full length are in its cache, at most."""
 
     way: Way
     trainer: Side
@@ -56,7 +55,6 @@ class Layout:
     transfer: float
     step: float
     rate: float
-    unbounded: float
 
     @property
     def update_seconds(self) -> float:
@@ -64,8 +62,8 @@ class Layout:
 
 
 class Planner:
-    """One job on ``gpus`` devices. ``staleness`` bounds how many updates old an answer may be: the stage's
-    max_staleness, or 1, unless given."""
+    """One job on ``gpus`` devices. ``staleness`` is the updates that writing may be ahead of learning: the
+    stage's own (:attr:`liubai.stages.policy.PolicyConfig.lead`) unless given."""
 
     def __init__(
         self, job: Job, device: Device, gpus: int, staleness: float | None = None, threads: int = 1
@@ -73,8 +71,7 @@ class Planner:
         if job.work is None:
             raise ValueError(f"stage '{job.stage}' writes no answers")
         self.job, self.device, self.gpus = job, device, gpus
-        bound: int | None = job.config.max_staleness  # type: ignore[attr-defined]
-        self.staleness = staleness if staleness is not None else 1.0 if bound is None else float(bound)
+        self.staleness: float = job.config.lead if staleness is None else staleness  # type: ignore[attr-defined]
         self.dtype = dtype_of(job, device)
         self.work = replace(
             job.work,
@@ -112,11 +109,6 @@ class Planner:
         """Numbers of trainer GPUs to try: of a few nodes every number, of many whole nodes."""
         unit = self.device.node if self.gpus >= 4 * self.device.node else 1
         return iter(range(unit, self.gpus, unit))
-
-    def unbounded(self, engines: int) -> float:
-        """Updates of lead that so many engines take where the stage has no max_staleness: what fills their
-        slots (:func:`liubai.stages.policy.groups_ahead`)."""
-        return self.slots * engines / self.work.answers
 
     # memory
 
@@ -174,7 +166,9 @@ class Planner:
         if way == "in turn":
             writing = roofline.at_once(self.model, self.device, self.work, self.gpus, slots)
         else:
-            ahead = self.work.answers * (1 + min(self.staleness, self.unbounded(self.gpus)))
+            # no more than the slots hold: they stand still during an update
+            full = self.slots * self.gpus / self.work.answers
+            ahead = self.work.answers * (1 + min(self.staleness, full))
             writing = roofline.without_end(self.model, self.device, self.work, self.gpus, slots, ahead=ahead)
         update = self._update(self.gpus, microbatch)
         sent = roofline.transfer(self.model, self.device, self.gpus) if self.gpus > 1 else 0.0
@@ -183,7 +177,6 @@ class Planner:
             way=way, trainer=Side(gpus=self.gpus, memory=learning), kind=self.kind, parts=1,
             rollout=Side(gpus=self.gpus, memory=rollout), slots=self.slots, fit=fit, microbatch=microbatch,
             writing=writing, update=update, transfer=sent, step=step, rate=self.work.written / step,
-            unbounded=self.unbounded(self.gpus),
         )  # fmt: skip
 
     def _apart(self, way: Way, trainer: int) -> Layout | None:
@@ -208,7 +201,7 @@ class Planner:
             way=way, trainer=Side(gpus=trainer, memory=learning),
             rollout=Side(gpus=engines * parts, memory=rollout), kind=self.kind, parts=parts,
             slots=self.slots, fit=fit, microbatch=microbatch, writing=writing, update=update, transfer=sent,
-            step=step, rate=self.work.written / step, unbounded=self.unbounded(engines),
+            step=step, rate=self.work.written / step,
         )  # fmt: skip
 
     def parts(self) -> int:

@@ -23,6 +23,7 @@ import http.client
 import json
 import os
 import queue
+import resource
 import secrets
 import threading
 import time
@@ -49,6 +50,8 @@ SWITCHES = {
 DEVELOPMENT = "VLLM_SERVER_DEV_MODE=1"
 #: Seconds that ``step`` waits for an answer to end, and that small questions may take.
 PATIENCE, SHORT = 0.1, 30.0
+#: Files that a run has open beside its connections, generously.
+OTHERS = 256
 
 
 class Refused(UserError):
@@ -138,8 +141,10 @@ class Server:
         if self.call("GET", "/is_paused", timeout=SHORT)["is_paused"]:
             self.call("POST", "/resume", timeout=SHORT)  # a run was killed during a transfer
 
-    def workers(self) -> int:
-        return int(self.call("GET", "/get_world_size", timeout=SHORT)["world_size"])
+    def workers(self, replicas: bool = True) -> int:
+        """Processes that have a part of the model: of one engine, or of all its ``replicas``."""
+        said = self.call("GET", "/get_world_size", timeout=SHORT, include_dp=str(replicas).lower())
+        return int(said["world_size"])
 
     # ---- the receiver of a transfer ----
 
@@ -175,7 +180,8 @@ class Server:
 
 
 class ServerEngine(OutsideEngine):
-    """``slots`` answers are asked for at once, each by a thread that waits for it."""
+    """``slots`` answers are asked for at once of each of the server's engines, each by a thread that waits
+    for it."""
 
     late = True
 
@@ -183,8 +189,9 @@ class ServerEngine(OutsideEngine):
         self, server: Server, transport: Transport, *, eos_ids: Sequence[int], slots: int, max_length: int
     ) -> None:
         super().__init__(transport, eos_ids=eos_ids, max_length=max_length)
-        self.server, self.slots = server, slots
         server.require(max_length)
+        self.server = server
+        self.slots = connections(slots * server.workers() // server.workers(replicas=False))
         self._name = secrets.token_hex(8)  # tells its answers from those of another run
         self._label = ""  # of the weights in use
         self._lock = threading.Condition()
@@ -328,6 +335,18 @@ class ServerEngine(OutsideEngine):
             with suppress(UserError):  # it may be why the run ends
                 self._abort(self._out)
         self.transport.close()
+
+
+def connections(wanted: int) -> int:
+    """As many as wanted, or as many as the system lets this process have open. Programs are begun with room
+    for 1,024 files, and may ask for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY in (soft, hard):
+        return wanted
+    if soft < wanted + OTHERS:
+        soft = min(wanted + OTHERS, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(wanted, soft - OTHERS))
 
 
 def _likeliest(entries: Sequence[Mapping[str, Any]], most: int) -> tuple[tuple[int, float], ...]:

@@ -72,7 +72,8 @@ class PolicyConfig(Brought, Trained):
     engine: EngineConfig = EngineConfig()
     slots: int = Field(256, gt=0, description="answers written at once")
     inflight: bool = False
-    #: in flight: how many versions old the oldest token of an answer may be; older ones are written again
+    #: in flight: how many versions old the oldest token of an answer may be; older ones are written again.
+    #: Without it none is, and writing is ahead of learning by ``lead`` steps all the same
     max_staleness: int | None = Field(None, ge=0)
     grader_timeout: float = Field(5.0, gt=0, description="seconds a verdict may take")
     #: control: without the blank
@@ -82,6 +83,11 @@ class PolicyConfig(Brought, Trained):
     eval_samples: int = Field(4, gt=0)
     probes: int = Field(3, ge=0, description="held-out prompts whose answers are kept at every eval")
     save_every: int = Field(10, gt=0)
+
+    @property
+    def lead(self) -> int:
+        """Steps that writing is ahead of learning, in flight."""
+        return 1 if self.max_staleness is None else self.max_staleness
 
     def families(self) -> Iterable[str]:
         return self.problems
@@ -227,9 +233,10 @@ class Policy:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def _slots(self) -> int:
-        """Answers that are written at once, wherever."""
-        return self.config.slots * getattr(self.engine, "actors", 1)
+    def _slots(self) -> int | None:
+        """Those of an engine that writes nothing during an update; None: it is elsewhere, and goes on."""
+        elsewhere = self.config.engine.kind == "server" or self.context.cluster
+        return None if elsewhere else self.config.slots
 
     def keep(
         self,
@@ -381,16 +388,14 @@ def _copy(tensors: Callable[[], Mapping[str, Tensor]], saved: Mapping[str, Tenso
         tensor.copy_(saved[name])
 
 
-def groups_ahead(config: PolicyConfig, slots: int, writers: int = 1) -> int:
-    """Groups that each of so many ``writers`` with ``slots`` slots begins beyond those of its step. In
-    flight, as many as fill the slots; with a bound on staleness, no more than the updates of lead that it
-    allows: what is begun beyond would be too old when its turn comes."""
-    if not config.inflight or config.max_staleness == 0:
+def groups_ahead(config: PolicyConfig, slots: int | None, writers: int = 1) -> int:
+    """Groups that each of so many ``writers`` begins beyond those of its step: in flight, those of
+    ``config.lead`` steps. What is begun beyond would be too old when its turn comes. With ``slots`` slots
+    that stand still during an update, no more than fill them."""
+    if not config.inflight or not config.lead:
         return 0
-    most = slots // config.samples
-    if config.max_staleness is not None:
-        most = min(most, config.groups * config.max_staleness // writers)
-    return max(1, most)
+    most = config.groups * config.lead // writers
+    return max(1, most if slots is None else min(most, slots // config.samples))
 
 
 def lr_scale(config: PolicyConfig, step: int) -> float:
