@@ -32,6 +32,7 @@ class Script:
     model: Transformer
     version: str = "0.32.0"
     max_model_len: int = 256
+    device: str = "cuda"
     replicas: int = 1  #: engines, of two workers each
     missing: set[str] = field(default_factory=set)  #: paths that it does not know
     scale_out: bool = True
@@ -142,6 +143,7 @@ class ScriptedVLLM:
             "/version": {"version": self.script.version},
             "/v1/models": {"data": cards},
             "/is_paused": {"is_paused": self.paused},
+            "/server_info": {"vllm_config": f"model='x', device_config={self.script.device}, seed=0"},
             "/get_world_size": {"world_size": 2 * engines},
         }[path]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import scramble, tiny_model
+from conftest import scramble, tiny_config, tiny_model
 from connected import EOS, LORA, Connected, adapted, ask, run_out
 from connected import about as about  # a fixture
 from connected import stack as stack  # a fixture
@@ -45,6 +45,15 @@ def test_an_unfit_server_is_refused_at_once(
     monkeypatch.setattr("liubai.rollout.server_engine.SHORT", 1.0)
     with pytest.raises(UserError, match=message):
         Connected(stack, about, tiny_model(1), **keys)
+
+
+def test_a_cpu_keeps_the_old_head(stack: ExitStack, about: Path) -> None:
+    """Where the head is the embedding: said before anything is asked. An adapter leaves it as it is."""
+    with pytest.raises(UserError, match="goes on with its old head"):
+        Connected(stack, about, tiny_model(1), device="cpu")
+    Connected(stack, about, tiny_model(1, tiny_config(tie_word_embeddings=False)), device="cpu")
+    Connected(stack, about, adapted(0), device="cpu", transport="lora", lora=LORA)
+    Connected(stack, about, tiny_model(1), device="cpu", pages={"/server_info": 500})  # says nothing
 
 
 def test_nobody_there(about: Path, stack: ExitStack) -> None:

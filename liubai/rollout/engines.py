@@ -177,6 +177,11 @@ def engine_for(
             server, transport, eos_ids=eos_ids, slots=slots, max_length=max_length
         )
         stack.callback(engine.close)
+        if config.transport != "lora" and model.config.tie_word_embeddings and server.on_cpu():
+            raise UserError(
+                f"the server at {config.url} is vLLM's CPU build, which goes on with its old head where the "
+                'head is the embedding, as here: transport = "lora", engine = "vllm", or a server on a GPU'
+            )
         return engine
     from liubai.rollout.vllm_engine import HANDOVER, VLLMEngine
 

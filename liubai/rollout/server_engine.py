@@ -146,6 +146,12 @@ class Server:
         said = self.call("GET", "/get_world_size", timeout=SHORT, include_dp=str(replicas).lower())
         return int(said["world_size"])
 
+    def on_cpu(self) -> bool:
+        """Does it say so? One that says nothing is taken for one on GPUs."""
+        with suppress(Refused):
+            return "device_config=cpu" in str(self.call("GET", "/server_info"))
+        return False
+
     # ---- the receiver of a transfer ----
 
     def reload(self, folder: Path) -> None:
