@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,9 +34,10 @@ from liubai import ranks
 from liubai.errors import UserError
 from liubai.learn import sharded
 from liubai.learn.optim import Optimizer
-from liubai.model.transformer import Transformer
+from liubai.model.checkpoint import load, save_checkpoint
+from liubai.model.transformer import Transformer, build
 from liubai.rollout.torch_engine import TorchEngine
-from liubai.stages import policy, shards
+from liubai.stages import policy, sampler, shards
 from liubai.stages.context import Context
 
 
@@ -150,34 +154,88 @@ def layers(folder: Path) -> dict[str, Tensor]:
     return {}
 
 
-class Elsewhere:
-    """An embedded engine that is not taken for one."""
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    """Stages have an engine of ours with weights of its own, which the first rank alone asks."""
 
-    def __init__(self, engine: TorchEngine) -> None:
-        self.engine = engine
+    def engine_for(config: Any, model: Transformer, **options: Any) -> TorchEngine:
+        assert ranks.is_main()
+        how = {n: options[n] for n in ("eos_ids", "slots", "max_length")}
+        return TorchEngine(copy.deepcopy(model), **how)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "engine_for", engine_for)
+        patch.setattr(policy, "is_elsewhere", lambda *_: True)
+        yield
 
 
 @job
 def told(folder: Path) -> dict[str, Tensor]:
-    """The first rank alone has an engine, with a copy of the weights."""
     from test_stages import run
 
-    def engine_for(config: Any, model: Transformer, **options: Any) -> Any:
-        engine = TorchEngine(
-            copy.deepcopy(model), **{n: options[n] for n in ("eos_ids", "slots", "max_length")}
-        )
-        return engine if ranks.rank() else Elsewhere(engine)
-
-    usual, policy.engine_for = policy.engine_for, engine_for
-    try:
+    with elsewhere():
         for name in ("language", "ppo in flight"):
             run(name, folder / "wide", own(folder) / "told" / name)
-    finally:
-        policy.engine_for = usual
     return {}
+
+
+@job
+def light(folder: Path) -> dict[str, Tensor]:
+    """What a rank holds in the middle of a stage with a KL penalty, for an engine elsewhere; in sizes of the
+    model."""
+    from test_stages import POLICY
+
+    from liubai.stages import rl
+
+    found, log = list[float](), policy.Policy.log
+    before = held()
+
+    def weighed(self: policy.Policy, *args: Any) -> None:
+        found.append((held() - before) / (4 * self.model.count_parameters()))
+        log(self, *args)
+
+    config = rl.Config(**rl.Config.filled(POLICY | {"steps": 2, "loss": {"kl": 0.1}}))
+    context = Context(own(folder) / "light", 0, {"base": folder / "wide" / "base"}, Silent(), stage="light")
+    with elsewhere(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded, "ROOM", 0)
+        patch.setattr(policy.Policy, "log", weighed)
+        rl.run(config, context)
+    context.close()
+    return {"held": torch.tensor(found)}
+
+
+def held() -> int:
+    """Bytes of all tensors."""
+    gc.collect()
+    plain = (o for o in gc.get_objects() if type(o) in (Tensor, torch.nn.Parameter) and not o.is_meta)
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in plain)}.values())
+
+
+@job
+def mapped(folder: Path) -> dict[str, Tensor]:
+    """By how much a rank's own memory grows when a checkpoint is opened, and when it has been shared out; in
+    sizes of the checkpoint, which must be there already: memory that this process gave back would be used."""
+    before = own_memory()
+    model, _ = sharded.load_to_share(folder / "large", dtype=torch.float32, device=torch.device("cpu"))
+    opened, size = own_memory(), 4 * model.count_parameters()
+    sharded.share_out(model)
+    grown = [(then - before) / size for then in (opened, own_memory())]
+    assert torch.isfinite(model.head_weight.sum())
+    return {"grown": torch.tensor(grown)}
+
+
+def write_large(folder: Path) -> None:
+    """A checkpoint of 75 MB."""
+    base, tokenizer = load(folder / "wide" / "base" / "checkpoint")
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    save_checkpoint(folder / "large", build(replace(base.config, **wide), 0), tokenizer, None)
+
+
+def own_memory() -> int:
+    """Bytes, without what is a file's."""
+    gc.collect()
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line)
+    return 1024 * int(line.split()[1])
 
 
 @job

@@ -12,7 +12,7 @@ from planning import seven as seven  # a fixture
 
 from liubai.errors import UserError
 from liubai.plan import memory
-from liubai.plan.advice import Layout, Planner, bottleneck, training_memory
+from liubai.plan.advice import Layout, Planner, bottleneck, told_apart, training_memory
 from liubai.plan.hardware import DEVICES
 from liubai.stages.policy import groups_ahead
 from liubai.stages.rl import Config
@@ -158,8 +158,16 @@ def test_a_large_model_is_spread_over_the_gpus_of_a_server(tmp_path: Path, seven
     resized(seven, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
             num_key_value_heads=8, head_dim=128)  # fmt: skip
     larger = planner(seven, tmp_path, 64, "h200", *SERVER)
-    with pytest.raises(UserError, match="no number of them helps"):
-        larger.layouts()
+    assert 70e9 < larger.job.size.parameters < 71e9
+    assert larger.parts() == 2
+    # a rank that learns has parts alone: one engine's weights would fill it
+    assert all(one.trainer.memory["whole models"] == 0 for one in larger.layouts())
+    assert 2 * larger.job.size.parameters > 0.9 * larger.room
+
+
+def test_two_sizes_are_told_apart() -> None:
+    assert told_apart(90.4e9, 72e9) == ("90", "72")
+    assert told_apart(72.06e9, 72e9) == ("72.1", "72.0")
 
 
 def test_one_that_is_too_large_is_refused(tmp_path: Path, seven: Path) -> None:
@@ -182,9 +190,15 @@ def test_a_model_comes_together_whole_or_by_layers_as_the_trainer_does_it(
     h100, h200 = (training_memory(job, DEVICES[gpu], 16_384, 8) for gpu in ("h100", "h200"))
     assert h100["gathered"] == 6 * (2 * size.layer + size.ends)
     assert h200["gathered"] == 6 * size.parameters
+    assert h100["whole models"] == h200["whole models"] == 0
     # what writes answers is whole on every rank
-    assert h100["whole models"] == h200["whole models"] == 2 * size.parameters
-    assert training_memory(job, DEVICES["h100"], 16_384, 1)["whole models"] == 0
+    for ranks, copies in ((8, 1), (1, 0)):
+        there = training_memory(job, DEVICES["h100"], 16_384, ranks, writes=True)
+        assert there["whole models"] == copies * 2 * size.parameters
+    apart = (
+        one.trainer.memory for one in planner(seven, tmp_path, 16, "h100").layouts() if "apart" in one.way
+    )
+    assert {found["whole models"] for found in apart} == {0}
 
 
 def test_replicas_are_counted_where_the_trainer_has_them(seven: Path, tmp_path: Path) -> None:

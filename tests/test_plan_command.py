@@ -102,7 +102,7 @@ def test_as_many_threads_as_torch_has(liubai_: Any, tmp_path: Path, monkeypatch:
     ("arguments", "says"),
     [
         (["--gpu", "b300"], "valid: h100, h200, a100, l40s, 4090, cpu"),
-        (["--gpus", "3", "--gpu", "a100"], "needs 72.1 GB on each of 3 × a100, and a program has 72.0 GB"),
+        (["--gpus", "3", "--gpu", "a100"], "no engine fits beside the trainer on 3 × a100; more GPUs"),
         (["--gpus", "64", "--prompt", "100000"], "would help: prompts of fewer than 100,000 tokens"),
         (["--tokens", "9000"], "more than max_tokens"),
         (["--model-config", "nowhere.json"], "cannot read the model's shape"),

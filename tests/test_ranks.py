@@ -265,17 +265,17 @@ Transformer.hidden = bounded
 """
 REFUSED = """
 from liubai.errors import UserError
-def refused(self, weights, step):
-    if ranks.is_main():
+from liubai.rollout.torch_engine import TorchEngine
+load = TorchEngine.load
+def refused(self, weights, version):
+    if ranks.is_main() and version == 1:
         raise UserError("the weights did not arrive")
-policy.Policy._load = refused
+    load(self, weights, version)
+TorchEngine.load = refused
 """
 ELSEWHERE = """
 import rank_jobs
-made = policy.engine_for
-policy.engine_for = lambda *args, **options: (
-    rank_jobs.Elsewhere(made(*args, **options)) if ranks.is_main() else made(*args, **options)
-)
+rank_jobs.elsewhere().__enter__()
 """
 BROKEN = """
 from liubai.stages.rollouts import Rollouts

@@ -21,7 +21,7 @@ from liubai.grade import RewardWeights
 from liubai.recipe import load_recipe, run
 from liubai.recipe.marks import ENGINE_PLACE, PLACE, mark_of
 from liubai.rollout.engines import EngineConfig
-from liubai.stages import KINDS, policy, shards, stage_module
+from liubai.stages import KINDS, policy, sampler, shards, stage_module
 from liubai.stages.context import Context, read_meta
 from liubai.stages.rl import Config
 
@@ -186,12 +186,12 @@ def test_the_state_says_with_which_settings_it_was_made(tmp_path: Path) -> None:
 # ---- what a stage has opened ----
 
 
-@pytest.mark.parametrize("fails", ["canary_for", "kind_of"])
+@pytest.mark.parametrize("fails", ["canary_for", "Elsewhere.rollouts"])
 def test_an_engine_is_closed_when_something_else_fails(
     fails: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the stage's first step, too: nothing goes on in another process."""
-    closed, made = list[str](), policy.engine_for
+    closed, made = list[str](), sampler.engine_for
 
     def opened(*args: Any, stack: ExitStack, **options: Any) -> Any:
         stack.callback(lambda: closed.append("engine"))
@@ -201,8 +201,9 @@ def test_an_engine_is_closed_when_something_else_fails(
         assert not closed
         raise UserError("something else")
 
-    monkeypatch.setattr(policy, "engine_for", opened)
-    monkeypatch.setattr(policy, fails, failing)
+    monkeypatch.setattr(policy, "is_elsewhere", lambda *_: True)
+    monkeypatch.setattr(sampler, "engine_for", opened)
+    monkeypatch.setattr(f"liubai.stages.sampler.{fails}", failing)
     context = Context(tmp_path / "s", 0, {"base": base}, Silent())
     with pytest.raises(UserError, match="something else"), policy.Policy(CONFIG, context):
         raise AssertionError("it began")
@@ -215,7 +216,8 @@ def test_what_does_not_fit_is_said_before_an_engine_is_opened(
     def opened(*args: Any, **options: Any) -> Any:
         raise AssertionError("opened")
 
-    monkeypatch.setattr(policy, "engine_for", opened)
+    monkeypatch.setattr(policy, "is_elsewhere", lambda *_: True)
+    monkeypatch.setattr(sampler, "engine_for", opened)
     config = CONFIG.model_copy(update={"rewards": RewardWeights(faithful=1.0)})
     with pytest.raises(UserError, match="has no passages"):
         policy.Policy(config, Context(tmp_path / "s", 0, {"base": base}, Silent()))

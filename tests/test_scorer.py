@@ -182,7 +182,8 @@ def test_two_replicas_learn_what_one_scorer_learns(checkpointing: bool) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_scorer_has_a_trunk_of_its_own(tied: bool) -> None:
+def test_a_scorer_has_the_trunk_of_a_model(tied: bool) -> None:
+    """And its memory: a second copy of a large one would fit nowhere."""
     model = tiny_model(1, tiny_config("Qwen3ForCausalLM", tie_word_embeddings=tied))
     scorer = scorer_from(model, seed=3)
     assert scorer.config == model.config
@@ -191,13 +192,9 @@ def test_a_scorer_has_a_trunk_of_its_own(tied: bool) -> None:
     assert list(scorer.state_dict()) == [*trunk, "score.weight"]
     assert all(p.requires_grad and p.device.type == "cpu" for p in scorer.parameters())
     for name, tensor in trunk.items():
-        assert torch.equal(scorer.state_dict()[name], tensor)
-    before = {name: t.clone() for name, t in trunk.items()}
+        assert scorer.state_dict()[name].data_ptr() == tensor.data_ptr()
     scorer(random_ids(0, 1, 5)).sum().backward()
-    with torch.no_grad():
-        for p in scorer.parameters():
-            p.add_(1.0)
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items() if name in before)
+    assert all(p.grad is not None for p in scorer.parameters())
     assert all(p.grad is None for p in model.parameters())
 
 

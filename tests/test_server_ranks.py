@@ -48,7 +48,19 @@ def recipe(base: Path, url: str, path: Path, inflight: bool = False) -> Path:
     return path
 
 
-def test_ranks_learn_from_a_server_what_one_process_does(base: Path, tmp_path: Path) -> None:
+#: the model comes together layer by layer
+LAYERED = """
+import sys
+from liubai import cli
+from liubai.learn import sharded
+sharded.ROOM = 0
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_ranks_learn_from_a_server_what_one_process_does(layered: bool, base: Path, tmp_path: Path) -> None:
+    """It writes the evaluations, too, with the weights of the step that they follow."""
     model, _ = load(base / "checkpoint")
     with serving(Script(model, max_model_len=4096)) as (program, url):
         tiny = recipe(base, url, tmp_path / "tiny.toml")
@@ -57,10 +69,11 @@ def test_ranks_learn_from_a_server_what_one_process_does(base: Path, tmp_path: P
         )
         assert done.returncode == 0, done.stderr
         reloads = [program.calls.count("/collective_rpc")]
-        ends = waited(start(cli(tiny, tmp_path / "together"), 2))
+        command = cli(tiny, tmp_path / "together")
+        ends = waited(start(["-c", LAYERED, *command[2:]] if layered else command, 2))
         assert [code for code, _ in ends] == [0, 0], ends
         reloads.append(program.calls.count("/collective_rpc"))
-    assert reloads == [3, 6]  # the weights are sent once a step, however many learn
+    assert reloads == [4, 8]  # the weights are sent once a step and once at the end, however many learn
     alone, together = (
         without_times(tmp_path / run / "1-zero/metrics.jsonl") for run in ("alone", "together")
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import rank_jobs
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_stages import STAGES, metrics_of
 from test_stages import wide as wide  # a fixture
 from torch import Tensor
@@ -138,11 +138,15 @@ def stages(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "wide").symlink_to(wide)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Context, "_tensorboard", lambda self, step, metrics: None)
+        rank_jobs.write_large(folder)
         for name in rank_jobs.RESUMED:
             rank_jobs.go_on(name, folder, folder / "alone")
             rank_jobs.interrupt(name, folder, folder / "more")
-        rank_jobs.on_ranks(["stages", "layers", "told", "interrupted", "more", "memory"], folder)
+        found = rank_jobs.on_ranks(
+            ["mapped", "stages", "layers", "told", "light", "interrupted", "more", "memory"], folder
+        )
         state = folder / "fewer" / "sft with lora" / "state"
+        save_file(found["light"][1] | found["mapped"][1], folder / "memory.safetensors")
         (folder / "state.json").write_text(json.dumps(sorted(path.name for path in state.iterdir())))
         for name in rank_jobs.RESUMED:
             rank_jobs.go_on(name, folder, folder / "fewer")
@@ -176,7 +180,11 @@ def test_an_engine_elsewhere_is_asked_by_one(name: str, stages: Path, wide: Path
     """In flight, too, its groups are those of one process."""
     from test_stages import run
 
-    assert_same_stage(stages / "told" / name, run(name, wide, tmp_path), 1e-4)
+    with rank_jobs.elsewhere():
+        alone = run(name, wide, tmp_path)
+    assert_same_stage(stages / "told" / name, alone, 1e-4)
+    if name != IN_FLIGHT:  # where what is asked beside them decides which groups end first
+        assert_same_stage(alone, stages / "whole" / name, 1e-4)
 
 
 def test_ranks_sample_what_one_process_does(stages: Path, wide: Path, tmp_path: Path) -> None:
@@ -221,6 +229,19 @@ def test_what_fitted_the_memory_fits_the_next_step(stages: Path) -> None:
     (said,) = (stages / "memory" / "warnings.jsonl").read_text().splitlines()
     fitted = int(said.split("micro-batches now have ")[1].split()[0])
     assert 25 < fitted <= 70
+
+
+def test_no_rank_holds_a_whole_model_for_an_engine_elsewhere(stages: Path) -> None:
+    """Half of the weights, of two moments and of the reference, beside tables of positions of 0.45. Another
+    half would be a reference that is whole; a copy to write with one more."""
+    for sizes in load_file(stages / "memory.safetensors")["held"].tolist():
+        assert 1.9 < sizes < 2.7
+
+
+def test_a_checkpoint_is_opened_without_being_read(stages: Path) -> None:
+    opened, shared = load_file(stages / "memory.safetensors")["grown"].tolist()
+    assert opened < 0.2
+    assert 0.4 < shared < 0.75
 
 
 def test_resume_points_of_ranks_hold_no_pickle(stages: Path) -> None:

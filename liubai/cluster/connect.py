@@ -24,9 +24,11 @@ from liubai.errors import UserError
 from liubai.grade import GraderPool
 
 if TYPE_CHECKING:
+    import torch
+
     from liubai.cluster.actors import Build
+    from liubai.model.config import ModelConfig
     from liubai.model.lora import LoraConfig
-    from liubai.model.transformer import Transformer
     from liubai.rollout.engines import EngineConfig
     from liubai.stages.view import View
 
@@ -63,8 +65,11 @@ class Cluster:
     def engine_for(
         self,
         config: EngineConfig,
-        model: Transformer,
+        model: ModelConfig,
         *,
+        dtype: torch.dtype,
+        device: str,
+        compile: bool = False,
         parent: Path,
         folder: Path,
         eos_ids: Sequence[int],
@@ -74,25 +79,24 @@ class Cluster:
         inflight: bool = False,
         max_staleness: int | None = None,
     ) -> RemoteEngine:
-        """Actors that have what :func:`liubai.rollout.engines.engine_for` would make here; on GPUs if the
-        trainer's ``model`` is. ``folder`` has a name of its own."""
+        """Actors that have what :func:`liubai.rollout.engines.engine_for` would make here, each on a
+        ``device`` of its own. ``folder`` has a name that no other run has."""
         from liubai.cluster.actors import EngineBuild
 
-        weight = model.head_weight
         build = EngineBuild(
             config=config,
-            model=model.config,
-            dtype=weight.dtype,
-            device=weight.device.type,
+            model=model,
+            dtype=dtype,
+            device=device,
             parent=parent.absolute(),
             folder=folder.absolute(),
             eos_ids=tuple(eos_ids),
             slots=slots,
             max_length=max_length,
             lora=lora,
-            compile=model.fewest_rows > 1,  # torch.compile is in use
+            compile=compile,
         )
-        gpus = config.tensor_parallel if weight.device.type == "cuda" else 0
+        gpus = config.tensor_parallel if device == "cuda" else 0
         return self.engine(
             build,
             slots=slots,

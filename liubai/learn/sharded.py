@@ -3,7 +3,9 @@
 Each rank keeps a part of the rows of every parameter, in float32, and the optimizer's numbers for them. For
 an update the weights come together (in bfloat16 where the model computes so), each rank goes through its
 share of the micro-batches, and gradients are *summed* on the way back to their parts: the weights of tokens
-are those of the whole update, so loss and gradient are those of one process.
+are those of the whole update, so loss and gradient are those of one process. A checkpoint is read the same
+way: :func:`load_to_share` maps it, and :func:`share_out` takes each rank's part, a layer at a time. No rank
+ever holds a whole model that way.
 
 Two ways, by size. A model whose weights and gradients fit every device **comes together once** an update: no
 rank waits for another before its share is done, shares may differ in number, shared prompts work, and a rank
@@ -18,17 +20,22 @@ Left out on purpose: tensor and pipeline parallelism, CPU offload.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from liubai import ranks
 from liubai.errors import UserError, is_out_of_memory
 from liubai.learn.packing import Batch
+from liubai.model.checkpoint import load
+from liubai.model.lora import trained
 from liubai.model.transformer import Transformer, causal
+from liubai.text.tokenizer import TextTokenizer
 
 Model = TypeVar("Model", bound=Transformer)
 Item = TypeVar("Item")
@@ -40,28 +47,43 @@ SHARE = 1 / 3
 ROOM = 8 << 30
 
 
-def share_out(model: Model, layered: bool | None = None) -> Model:
-    """``model``, of which this rank keeps its part from now on; with one process the model as it is. All
-    ranks must have the same weights. ``layered`` is decided by size unless told: by the smallest device's."""
+def load_to_share(
+    path: str | Path, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Transformer, TextTokenizer]:
+    """:func:`liubai.model.checkpoint.load` of a model that is shared out next: of several ranks none has more
+    of it in memory, on its device or beside it, than it looks at."""
+    if ranks.world() == 1:
+        return load(path, dtype=dtype, device=device)
+    return load(path, dtype=dtype, device="cpu", mapped=True)
+
+
+def share_out(
+    model: Model, layered: bool | None = None, *, device: torch.device | None = None, learns: bool = True
+) -> Model:
+    """``model``, of which this rank keeps its part on ``device`` from now on, unless told otherwise where it
+    is; with one process the model as it is. All ranks must have the same weights. One that ``learns`` keeps
+    them in float32. ``layered`` is decided by size unless told: by the smallest device's."""
     if ranks.world() == 1:
         return model
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    weight = model.head_weight
-    if weight.device.type == "cuda" and weight.device.index != torch.cuda.current_device():
-        raise UserError(f'device = "{weight.device}" would put all ranks on one GPU; leave device out')
+    dtype, device = model.head_weight.dtype, device or model.head_weight.device
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        raise UserError(f'device = "{device}" would put all ranks on one GPU; leave device out')
     if layered is None:
-        size = model.count_parameters() * (weight.dtype.itemsize + 4)
+        size = model.count_parameters() * (dtype.itemsize + (4 if learns else 0))
         # GPUs may be unlike, and each way has collectives of its own: all ranks must go the same
-        layered = any(ranks.gather(size > _room(weight.device)))
-    computes = None if weight.dtype == torch.float32 else weight.dtype
+        layered = any(ranks.gather(size > _room(device)))
+    if not learns:
+        model.requires_grad_(False)
+    computes = dtype if learns and dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=computes, reduce_dtype=torch.float32)
-    mesh = ranks.mesh(weight.device.type)
-    # a layer at a time: beside the whole model there is never more than one in float32
+    mesh = ranks.mesh(device.type)
+    # a layer at a time: there is never more than one whole on the device, or in float32
     for part in [*model.layers, model]:
         for p in part.parameters():
-            if computes and p.dtype == computes:
-                p.data = p.data.float()
+            if not hasattr(p, "to_local"):  # of a layer before
+                p.data = p.data.to(device, torch.float32 if p.dtype == computes else p.dtype)
         # None: layers are given back after their forward pass, what is beside them after the backward pass
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=None if layered else False)
     register_fsdp_forward_method(model, "hidden")
@@ -77,7 +99,7 @@ def share_out(model: Model, layered: bool | None = None) -> Model:
     root.set_reduce_scatter_unused_params(True)  # an empty micro-batch leaves the head out
     if not layered:
         _keep_together(root, True)
-    root.layered = layered
+    root.layered, root.computes = layered, dtype
     return model
 
 
@@ -88,6 +110,11 @@ def is_shared_out(model: torch.nn.Module) -> bool:
 def in_layers(model: torch.nn.Module) -> bool:
     """Does it come together layer by layer?"""
     return getattr(model, "layered", False)
+
+
+def dtype_of(model: Transformer) -> torch.dtype:
+    """What it computes in, whatever its parts are kept in."""
+    return getattr(model, "computes", model.head_weight.dtype)
 
 
 def settle(model: torch.nn.Module) -> None:
@@ -237,10 +264,17 @@ def tokens_of(item: object) -> int:
 
 
 @torch.no_grad()
-def refresh(copy: torch.nn.Module, model: torch.nn.Module) -> None:
-    """Bring a whole copy of a model that is shared out up to date, a tensor at a time."""
+def bring(weights: Mapping[str, Tensor], into: torch.nn.Module | None) -> None:
+    """Copy ``weights`` into a model, a tensor at a time, whichever of the two is shared out. All ranks call
+    this; one without a model helps the others."""
+    own = dict(into.named_parameters()) if into else {}
+    for name, tensor in weights.items():
+        whole = ranks.whole(tensor)
+        if into:
+            ranks.local(own[name]).copy_(ranks.rows_of(whole, own[name]))
+
+
+def refresh(copy: torch.nn.Module | None, model: torch.nn.Module) -> None:
+    """Bring a whole copy of a model that is shared out, where this rank has one, up to date."""
     settle(model)
-    theirs = dict(model.named_parameters())
-    for name, own in copy.named_parameters():
-        if own.requires_grad:  # the others have not changed
-            own.copy_(ranks.whole(theirs[name].detach()))
+    bring(trained(model), copy)  # nothing else has changed

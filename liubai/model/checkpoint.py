@@ -132,15 +132,18 @@ def load(
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
     device: str | torch.device = "cpu",
+    mapped: bool = False,
 ) -> tuple[Transformer, TextTokenizer]:
     """A model and its tokenizer from a Hugging Face folder or, where there is a network, a hub id.
 
-    ``dtype="auto"`` keeps that of the checkpoint. Raises ``UserError`` for a folder that is not one, an
-    unsupported architecture, a corrupt or truncated file, and missing, extra or misshapen weights: each
-    with the name of what is wrong.
+    ``dtype="auto"`` keeps that of the checkpoint. ``mapped``: weights that are in this dtype and stay on the
+    CPU are the file's own pages; what is never looked at takes no memory. Nobody may write into the file.
+
+    Raises ``UserError`` for a folder that is not one, an unsupported architecture, a corrupt or truncated
+    file, and missing, extra or misshapen weights: each with the name of what is wrong.
     """
     folder = find_folder(path)
-    return load_as(Transformer, folder, read_config(folder), dtype, device)
+    return load_as(Transformer, folder, read_config(folder), dtype, device, mapped)
 
 
 def load_as(
@@ -149,12 +152,14 @@ def load_as(
     config: ModelConfig,
     dtype: torch.dtype | Literal["auto"],
     device: str | torch.device,
+    mapped: bool = False,
 ) -> tuple[Model, TextTokenizer]:
     """:func:`load` for a model of any ``kind``."""
     with torch.device("meta"):  # shapes alone; the weights come straight from the file
         model = kind(config)
     wanted = getattr(torch, config.dtype) if dtype == "auto" else dtype
-    model.load_state_dict(read_weights(folder, model, wanted, torch.device(device)), assign=True)
+    weights = read_weights(folder, model, wanted, torch.device(device), mapped)
+    model.load_state_dict(weights, assign=True)
     return model.eval(), load_tokenizer(folder, config)
 
 
@@ -187,13 +192,13 @@ def _ids(value: object) -> list[int]:
 
 
 def read_weights(
-    folder: Path, model: Transformer, dtype: torch.dtype, device: torch.device
+    folder: Path, model: Transformer, dtype: torch.dtype, device: torch.device, mapped: bool = False
 ) -> dict[str, Tensor]:
     """The state of ``model`` (of which only the shapes are looked at); every tensor must be there, fit,
     and be wanted. One tensor is converted at a time: the peak is one copy of the weights."""
     with stored_weights(folder, model) as stored:
         # a copy even where nothing changes: the file may be replaced while the model lives
-        return {name: read().to(device, dtype, copy=True) for name, read in stored.items()}
+        return {name: read().to(device, dtype, copy=not mapped) for name, read in stored.items()}
 
 
 @contextmanager

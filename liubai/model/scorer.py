@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from liubai import ranks
 from liubai.model.checkpoint import load_as, read_config, save_described
 from liubai.model.config import ModelConfig
 from liubai.model.hub import find_folder
@@ -59,7 +58,8 @@ class Scorer(Transformer):
 
 @torch.no_grad()
 def scorer_from(model: Transformer, seed: int) -> Scorer:
-    """A scorer with a copy of ``model``'s trunk, adapters merged, and a new head: ``N(0, 1/(D+1)²)``.
+    """A scorer with the trunk of ``model``, adapters merged, and a new head: ``N(0, 1/(D+1)²)``. What is not
+    merged is the model's own memory: one of the two may learn.
 
     Reward models since Stiennon et al. 2020 (arXiv 2009.01325; Huang et al. 2024, arXiv 2403.17031) begin
     with a standard deviation of ``1/√(D+1)``, hence with scores of random size about 1. Here they begin with
@@ -71,7 +71,7 @@ def scorer_from(model: Transformer, seed: int) -> Scorer:
     weights, like, size = merged(model), model.norm.weight, model.config.hidden_size
     generator = torch.Generator().manual_seed(derive(seed, "score"))
     head = torch.empty(1, size).normal_(0.0, 1 / (size + 1), generator=generator)
-    state = {name: ranks.whole(weights[name]).clone() for name in scorer.state_dict() if name != HEAD}
+    state = {name: weights[name] for name in scorer.state_dict() if name != HEAD}
     scorer.load_state_dict(state | {HEAD: head.to(like.device, like.dtype)}, assign=True)
     return scorer.eval()
 

@@ -100,7 +100,7 @@ class Planner:
             tried = (self._apart(way, trainer) for trainer in self._splits())
         elif self.kind == "torch" or (self.kind == "vllm" and self.gpus == 1):
             room = self.room - self.share
-            tried = (self._in_turn(way, *update) for update in self.updates(self.gpus, room))
+            tried = (self._in_turn(way, *update) for update in self.updates(self.gpus, room, writes=True))
         else:  # a server is elsewhere, and vLLM beside the trainer is for one process
             return None
         return max((layout for layout in tried if layout), key=lambda layout: layout.rate, default=None)
@@ -120,19 +120,21 @@ class Planner:
         taken: float = self.job.config.engine.gpu_memory_utilization  # type: ignore[attr-defined]
         return self.device.memory * taken
 
-    def updates(self, ranks: int, room: float) -> Iterator[tuple[dict[str, float], int]]:
+    def updates(
+        self, ranks: int, room: float, writes: bool = False
+    ) -> Iterator[tuple[dict[str, float], int]]:
         """Updates that fit ``room`` bytes: their memory and their micro-batches, the largest first."""
         tokens = microbatch_of(self.job, self.device)
         while True:
-            parts = self.training_with(tokens, ranks)
+            parts = self.training_with(tokens, ranks, writes)
             if sum(parts.values()) <= room:
                 yield parts, tokens
             if tokens <= self.work.longest:
                 return
             tokens //= 2
 
-    def training_with(self, tokens: int, ranks: int) -> dict[str, float]:
-        return training_memory(self.job, self.device, tokens, ranks, self.threads)
+    def training_with(self, tokens: int, ranks: int, writes: bool = False) -> dict[str, float]:
+        return training_memory(self.job, self.device, tokens, ranks, self.threads, writes)
 
     def engine(self, used: float, parts: int, kind: str) -> tuple[dict[str, float], int]:
         """The memory of an engine beside ``used`` bytes, and how many answers of full length its cache
@@ -244,7 +246,7 @@ class Planner:
             large, room = told_apart(whole, self.room)
             return (
                 f"stage '{self.job.stage}' does not fit: every GPU that learns has {large} GB of "
-                "whole models (a copy that writes answers, and those that are only read), and a program has "
+                "whole models that are only read (a teacher, judges), and a program has "
                 f"{room} GB on one {name}; no number of them helps: take GPUs with more "
                 "memory, or a smaller model"
             )
@@ -293,13 +295,16 @@ def readers(job: Job, device: Device) -> tuple[Model, ...]:
     return tuple(Model(config=r.model, size=r.size, dtype=r.dtype or usual) for r in job.frozen)
 
 
-def training_memory(job: Job, device: Device, tokens: int, ranks: int, threads: int = 1) -> dict[str, float]:
-    """Of an update, or of a supervised step, with micro-batches of ``tokens`` tokens at most."""
+def training_memory(
+    job: Job, device: Device, tokens: int, ranks: int, threads: int = 1, writes: bool = False
+) -> dict[str, float]:
+    """Of an update, or of a supervised step, with micro-batches of ``tokens`` tokens at most. Does every rank
+    write answers, too?"""
     w, dtype = job.work, dtype_of(job, device)
     answer, prompt = (w.longest, w.prompt) if w else (1, 0)
     many = not device.gpu and ranks == 1 and dtype == "float32"  # as liubai.learn.replicas
 
-    def update(size: Sizes, alone: bool, whole: float) -> dict[str, float]:
+    def update(size: Sizes, alone: bool, reference: float, whole: float) -> dict[str, float]:
         by_layer = ranks > 1 and memory.layered(size, dtype, device)
         shared = not (by_layer or alone)
         how = memory.Training(
@@ -311,18 +316,21 @@ def training_memory(job: Job, device: Device, tokens: int, ranks: int, threads: 
             answer=answer,
             ranks=ranks,
             layered=by_layer,
+            reference=reference,
             whole=whole,
             replicas=memory.replicas(size, threads) if many else 1,
             holes=device.holes,
         )
         return memory.training(job.model, size, how)
 
-    whole = sum(model.bytes for model in readers(job, device))
-    if w and ranks > 1:  # a copy beside the parts, to write answers
+    read = [(one.shared, model.bytes) for one, model in zip(job.frozen, readers(job, device), strict=True)]
+    reference = sum(size for shared, size in read if shared)
+    whole = sum(size for shared, size in read if not shared)
+    if writes and ranks > 1:  # a copy beside the parts
         whole += Model(config=job.model, size=job.size, dtype=dtype).bytes
-    updates = [update(job.size, bool(w and w.alone), whole)]
+    updates = [update(job.size, bool(w and w.alone), reference, whole)]
     if job.critic:
-        updates.append(update(job.critic, True, 0.0))
+        updates.append(update(job.critic, True, 0.0, 0.0))
     return memory.one_after_the_other(updates)
 
 

@@ -32,7 +32,7 @@ from liubai.rollout.torch_engine import PREFILL_TOKENS
 
 FLOAT32 = SIZES["float32"]
 #: parts of a trainer's memory that are there between two updates, too
-KEPT = ("weights", "masters", "moments", "whole models")
+KEPT = ("weights", "masters", "moments", "reference", "whole models")
 #: tokens from which on a prompt is read once for all its answers
 SHARED = cast(int, UpdateConfig.__dataclass_fields__["share_from"].default)
 
@@ -111,6 +111,7 @@ class Training:
     answer: int = 1
     ranks: int = 1
     layered: bool = False  #: do ranks have the weights layer by layer, or all at once?
+    reference: float = 0.0  #: bytes of a model that is only read, and shared out
     whole: float = 0.0  #: bytes of models that are whole on every rank: a copy that writes, others that read
     replicas: int = 1
     holes: float = 0.0  #: what the allocator keeps beside, a share of what comes and goes
@@ -143,7 +144,13 @@ def states(size: Sizes, how: Training) -> dict[str, float]:
         weights, masters = b * held, (wide * size.trained if b < wide else 0)
     else:
         weights, masters = wide * held, 0
-    shares = {"weights": weights, "gradients": wide * size.trained, "masters": masters, "moments": moments}
+    shares = {
+        "weights": weights,
+        "gradients": wide * size.trained,
+        "masters": masters,
+        "moments": moments,
+        "reference": how.reference,
+    }
     return {
         **{name: value / how.ranks for name, value in shares.items()},
         "whole models": how.whole,

@@ -26,11 +26,13 @@ JUDGES = ("reward_model", "process")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """A model that is only read. ``dtype`` is that of the stage where it is None."""
+    """A model that is only read. ``dtype`` is that of the stage where it is None; ``shared``: ranks have a
+    part each."""
 
     model: ModelConfig
     size: Sizes
     dtype: str | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +121,7 @@ class _Shapes:
         """The models that a stage reads beside its own. Judges are loaded in float32, each the first of its
         kind (:mod:`liubai.stages.scoring`); where no stage left one, steps are checked by rule."""
         if getattr(getattr(config, "loss", None), "kl", 0):
-            yield Reader(model=self.of(plan), size=sizes(self.of(plan)))
+            yield Reader(model=self.of(plan), size=sizes(self.of(plan)), shared=True)
         if plan.kind == "distill":
             teacher = self.of(self._teacher(plan, config))
             yield Reader(model=teacher, size=sizes(teacher))

@@ -227,7 +227,8 @@ def panel_charts(stages: Sequence[Stage]) -> dict[str, list[Chart]]:
                 "phases", "Where a step's time goes",
                 "Seconds of each phase in one step; the tallest line is what to speed up.",
                 "seconds per step", stages,
-                [("seconds/generate", "generate"), ("seconds/update", "update"), ("seconds/grade", "grade")],
+                [("seconds/generate", "generate"), ("seconds/update", "update"), ("seconds/grade", "grade"),
+                 ("seconds/transfer", "transfer")],
             ),
         ),
     }  # fmt: skip

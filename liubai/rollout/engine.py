@@ -74,25 +74,29 @@ class Fresh(NamedTuple):
     alternatives: tuple[tuple[int, float], ...] = ()
 
 
-class Engine(Protocol):
-    """Continuous batching behind a few calls."""
-
-    @property
-    def version(self) -> int:
-        """The version of the weights in use; −1 before the first ``load``."""
+class Answerer(Protocol):
+    """What answers requests."""
 
     @property
     def pending(self) -> int:
         """Requests submitted and not yet returned."""
-
-    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Use new weights from the next token on. Raises :class:`StaleWeights` unless newer."""
 
     def submit(self, requests: Iterable[Request]) -> None:
         """Queue requests. Raises ``ValueError`` for one that can never fit."""
 
     def step(self) -> list[tuple[Request, Sample]]:
         """Advance every active answer by one token; returns those that ended."""
+
+
+class Engine(Answerer, Protocol):
+    """Continuous batching behind a few calls."""
+
+    @property
+    def version(self) -> int:
+        """The version of the weights in use; −1 before the first ``load``."""
+
+    def load(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Use new weights from the next token on. Raises :class:`StaleWeights` unless newer."""
 
     def abort(self) -> list[tuple[Request, Sample]]:
         """Withdraw everything pending; what was begun comes back with ``Stop.ABORT``."""
@@ -111,7 +115,7 @@ class Engine(Protocol):
         """Take up pending requests where ``partials`` left them."""
 
 
-def generate(engine: Engine, requests: Sequence[Request]) -> list[Sample]:
+def generate(engine: Answerer, requests: Sequence[Request]) -> list[Sample]:
     """All answers, in the order of ``requests`` (whose ids must differ)."""
     done: dict[int, Sample] = {}
     engine.submit(requests)

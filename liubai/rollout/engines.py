@@ -143,16 +143,23 @@ def engine_for(
     cluster: Cluster | None = None,
     inflight: bool = False,
     max_staleness: int | None = None,
+    device: torch.device | None = None,
+    compile: bool = False,
 ) -> Engine:
     """The engine of a stage that trains ``model``, which began as the checkpoint ``parent``. Weights are
     put into ``folder``, unless the config says where; ``stack`` lets go of it. With a ``cluster``, engines of
-    this kind are its actors'. Raises ``UserError`` for what is not there or does not fit."""
+    this kind are its actors'; these decode on a ``device`` like the trainer's, by torch.compile where
+    ``compile`` says so. Raises ``UserError`` for what is not there or does not fit."""
+    device = device or model.head_weight.device
     if cluster and config.kind != "server":
         if config.kind != "torch":  # a name of their own, wherever on its node each actor puts it
             folder = own_folder(Path(config.folder or tempfile.gettempdir()).absolute(), folder, stack)
         remote = cluster.engine_for(
             config,
-            model,
+            model.config,
+            dtype=model.head_weight.dtype,
+            device=device.type,
+            compile=compile,
             parent=parent,
             folder=folder,
             eos_ids=eos_ids,
@@ -172,7 +179,7 @@ def engine_for(
         from liubai.rollout.server_engine import Server, ServerEngine
 
         server = Server(config.url, config.timeout)
-        transport = _transport(config, root, parent, lora, server.workers)
+        transport = _transport(config, root, parent, lora, server.workers, device)
         engine: OutsideEngine = ServerEngine(
             server, transport, eos_ids=eos_ids, slots=slots, max_length=max_length
         )
@@ -186,7 +193,8 @@ def engine_for(
     from liubai.rollout.vllm_engine import HANDOVER, VLLMEngine
 
     alone = config.tensor_parallel == 1
-    transport = _transport(config, root, parent, lora, None if alone else lambda: config.tensor_parallel)
+    workers = None if alone else lambda: config.tensor_parallel
+    transport = _transport(config, root, parent, lora, workers, device)
     engine = VLLMEngine(
         parent,
         transport,
@@ -210,8 +218,10 @@ def _transport(
     parent: Path,
     lora: LoraConfig | None,
     workers: Callable[[], int] | None,
+    device: torch.device,
 ) -> Transport:
-    """``workers`` says how many processes have a part of the engine's model; None: this one has it."""
+    """``workers`` says how many processes have a part of the engine's model; None: this one has it.
+    ``device`` is the trainer's."""
     if config.transport == "folder":
         return FolderTransport(root, parent, lora)
     if config.transport == "lora":
@@ -228,24 +238,27 @@ def _transport(
         ),
         lora,
         config.timeout,
+        device,
     )
 
 
 def canary_for(
     config: EngineConfig,
-    engine: Engine,
+    engine: object,
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     *,
     temperature: float,
     max_tokens: int,
     seed: int,
+    dtype: torch.dtype | None = None,
 ) -> Canary | Canaries | None:
-    """For an engine that has its own copy of the weights, or several."""
+    """For an engine that has its own copy of the weights, or several. ``model`` is the trainer's and computes
+    in ``dtype``, unless told otherwise in that of its weights."""
     ask = getattr(engine, "ask", None)
     if config.kind == "torch" or ask is None or not config.canary:
         return None  # of our own engine, wherever it is, ``update`` looks at every token
-    dtype, first = model.head_weight.dtype, ""
+    dtype, first = dtype or model.head_weight.dtype, ""
     if config.kind == "server":  # vLLM has bfloat16 for a checkpoint in float32 unless told otherwise
         here = str(dtype).removeprefix("torch.")
         first = (

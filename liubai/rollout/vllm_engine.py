@@ -240,23 +240,25 @@ def pack_tied_head(model: nn.Module) -> None:
 
 
 class NativeTransport:
-    """vLLM's weight-transfer API. ``init`` gives vLLM's init info, which names the backend."""
+    """vLLM's weight-transfer API. ``init`` gives vLLM's init info, which names the backend. Weights are sent
+    from ``device``, unless told otherwise from where they are."""
 
     def __init__(
         self,
         init: Callable[[], TrainerInitInfo],
         lora: LoraConfig | None = None,
         timeout: float | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self._init, self._lora, self._timeout = init, lora, timeout
-        self._source = _Source(lora)
+        self._init, self._timeout, self._device = init, timeout, device
+        self._source = _Source(lora, device)
         self._trainer: Any = None
 
     def send(self, weights: Mapping[str, Tensor], version: int, receiver: Receiver) -> None:
         self._source.weights = weights
 
         def work() -> None:
-            device = next(iter(weights.values())).device
+            device = self._device or next(iter(weights.values())).device
             here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
             with torch.no_grad(), here:  # a thread of its own begins with GPU 0
                 if self._trainer is None:
@@ -275,18 +277,19 @@ class NativeTransport:
 
 
 class _Source(WeightSource):  # type: ignore[misc]
-    """What is sent, under Hugging Face's names; adapters are merged on the way."""
+    """What is sent, under Hugging Face's names, one tensor at a time: adapters are merged on the way, and
+    what waits in main memory is brought to ``device``."""
 
-    def __init__(self, lora: LoraConfig | None) -> None:
+    def __init__(self, lora: LoraConfig | None, device: torch.device | None) -> None:
         self.weights: Mapping[str, Tensor] = {}
-        self._lora = lora
+        self._lora, self._device = lora, device
 
     def metadata(self) -> list[ParamMeta]:
         own = (n for n in self.weights if not n.endswith((".lora_a", ".lora_b")))
         return [ParamMeta(to_hf_name(n), self.weights[n].dtype, tuple(self.weights[n].shape)) for n in own]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, tensor.detach()) for name, tensor in plain(self.weights, self._lora))
+        return ((name, tensor.detach().to(self._device)) for name, tensor in plain(self.weights, self._lora))
 
 
 def nccl(address: str, port: int, workers: int) -> TrainerInitInfo:

@@ -18,8 +18,8 @@ from liubai.learn.optim import Optimizer, cosine
 from liubai.learn.packing import Batch, Sequence1
 from liubai.learn.preference import PreferenceConfig, preference_loss
 from liubai.learn.replicas import Replicas
-from liubai.learn.sharded import share_out
-from liubai.model.checkpoint import load, save_checkpoint
+from liubai.learn.sharded import load_to_share, share_out
+from liubai.model.checkpoint import save_checkpoint
 from liubai.model.transformer import Transformer
 from liubai.stages.config import Brought, Trained
 from liubai.stages.context import Context
@@ -50,10 +50,10 @@ class Item:
 
 def run(config: Config, context: Context) -> None:
     parent = context.parent_checkpoint(config.model)
-    model, tokenizer = load(parent, dtype=config.dtype(), device=config.where())
+    model, tokenizer = load_to_share(parent, dtype=config.dtype(), device=config.where())
     template = template_for(tokenizer, parent)
     model.checkpointing = config.checkpointing
-    share_out(model)
+    share_out(model, device=config.where())
     learned, measured = pairs_of(config.pairs, context, lambda e: len(encoded(template, e).ids))
 
     def both(pairs: Sequence[Pair]) -> list[tuple[Sequence1, Sequence1]]:

@@ -29,7 +29,7 @@ from liubai.problems import family
 from liubai.problems.family import distinct_problems
 from liubai.problems.questions import Questions
 from liubai.problems.source import Bank
-from liubai.rollout.engine import Engine, Request
+from liubai.rollout.engine import Answerer, Request
 from liubai.rollout.local import LocalWriter
 from liubai.rollout.paths import PathsConfig
 from liubai.rollout.thinking import Spent
@@ -203,7 +203,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine,
+    engine: Answerer,
     template: Template,
     problems: Sequence[Problem],
     *,

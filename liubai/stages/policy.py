@@ -12,7 +12,6 @@ The loop in which it belongs::
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor
 
@@ -29,24 +29,25 @@ from liubai.grade import RewardWeights, Verdict
 from liubai.grade.language import require_known
 from liubai.grade.readable import ReadableConfig
 from liubai.learn.optim import Optimizer
-from liubai.learn.sharded import refresh, share_out
+from liubai.learn.sharded import load_to_share, share_out
 from liubai.measure.readiness import warn_unjudged
 from liubai.model.checkpoint import load, save_checkpoint
 from liubai.model.lora import LoraConfig, attach, merged, save_adapter
+from liubai.model.transformer import Transformer
 from liubai.problems import FAMILIES, family
 from liubai.problems.family import Audited
 from liubai.problems.source import source_of
-from liubai.rollout.engines import EngineConfig, canary_for, engine_for
-from liubai.rollout.torch_engine import TorchEngine
+from liubai.rollout.engine import Answerer
+from liubai.rollout.engines import EngineConfig
 from liubai.seeds import derive
 from liubai.stages.config import MAX_SKIPPED, Brought, KindName, Shares, StageConfig, Trained
 from liubai.stages.context import WARNINGS, Context
 from liubai.stages.evaluate import evaluate
 from liubai.stages.rl_metrics import probe_records, rollout_metrics
 from liubai.stages.rollouts import PASSAGES, GradedGroup, Rollouts, passage_of, weights_for
+from liubai.stages.sampler import Elsewhere, Embedded, Sampler, is_elsewhere
 from liubai.stages.scoring import scorers_of
 from liubai.stages.supervised import under
-from liubai.stages.together import kind_of
 from liubai.text.template import require_readable, template_for
 
 
@@ -115,18 +116,14 @@ class Policy:
         """It begins with the checkpoint ``begin``, or with the stage's only one."""
         self.config, self.context = config, context
         self.parent = parent = begin or context.parent_checkpoint(config.model)
-        self.model, self.tokenizer = model, tokenizer = load(
+        self.model, self.tokenizer = model, tokenizer = load_to_share(
             parent, dtype=config.dtype(), device=config.where()
         )
         model.checkpointing = config.checkpointing
         if config.lora:
             attach(model, config.lora, context.seed)
         self.template = template = template_for(tokenizer, parent, thinking=config.blank)
-        #: what writes answers: the model itself or, where ranks share it out, a copy that is whole on each
-        self.whole = whole = copy.deepcopy(model) if ranks.world() > 1 else model
-        if config.compile:
-            whole.compile_decoding()
-        share_out(model)
+        share_out(model, device=config.where())
         self.optimizer = Optimizer(
             model, lr=config.lr, max_norm=config.max_norm, betas=(0.9, 0.95), moments=config.moments()
         )
@@ -146,41 +143,55 @@ class Policy:
         self.keep("model", self.optimizer.weights, self.optimizer.load_weights)
         self.keep("optimizer", self.optimizer.state_dict, self.optimizer.load_state_dict)
         self._tokens, self._skipped = 0, 0
-        self._started = self._written = 0.0
+        self._started = self._brought = self._written = 0.0
         weights = [config.rewards, *config.rewards_of.values()]
         if any(w.language for w in weights):
             require_known(source.languages())
         self._require_steps()
         self._require_passages()
         self._scorers = scorers_of(context, weights, config.where())
-        # an engine of its own around the same weights: the rollouts in flight are not disturbed
-        self.evaluator = TorchEngine(whole, eos_ids=tokenizer.eos_ids, slots=config.slots, max_length=longest)
         with ExitStack() as stack:  # what an engine has opened is closed when something else fails
-            # an engine elsewhere is asked by the first rank alone
-            self.engine = engine_for(
-                config.engine if ranks.is_main() else EngineConfig(),
-                whole,
-                parent=parent,
-                eos_ids=tokenizer.eos_ids,
-                slots=config.slots,
-                max_length=longest,
-                folder=context.folder / "weights",
-                lora=config.lora,
-                stack=stack,
-                cluster=context.cluster,
-                inflight=config.inflight,
-                max_staleness=config.max_staleness,
-            )
-            self.canary = canary_for(
-                config.engine,
-                self.engine,
-                whole,
-                [template.prompt_ids(p.prompt) for p in self.held_out],
-                temperature=config.temperature,
-                max_tokens=config.max_tokens,
-                seed=context.seed,
-            )
+            self.sampler = self._sampler(stack, longest)
             self._stack = stack.pop_all()
+
+    def _sampler(self, stack: ExitStack, longest: int) -> Sampler:
+        """For answers whose prompt and completion are ``longest`` at most."""
+        config, context = self.config, self.context
+        how: dict[str, Any] = {"eos_ids": self.tokenizer.eos_ids, "slots": config.slots}
+        how["max_length"] = longest
+        if not is_elsewhere(config.engine, context):
+            whole = self._copy(config.where())
+            if config.compile:
+                whole.compile_decoding()
+            return Embedded(self.model, whole, **how)
+        return Elsewhere(
+            self.model,
+            self._copy("cpu") if ranks.is_main() else None,
+            config.engine,
+            prompts=[self.template.prompt_ids(p.prompt) for p in self.held_out],
+            temperature=config.temperature,
+            max_tokens=config.max_tokens,
+            seed=context.seed,
+            stack=stack,
+            parent=self.parent,
+            folder=context.folder / "weights",
+            lora=config.lora,
+            cluster=context.cluster,
+            inflight=config.inflight,
+            max_staleness=config.max_staleness,
+            device=config.where(),
+            compile=config.compile,
+            **how,
+        )
+
+    def _copy(self, device: str | torch.device) -> Transformer:
+        """The model or, where it is shared out, a copy on ``device`` that is whole."""
+        if ranks.world() == 1:
+            return self.model
+        whole, _ = load(self.parent, dtype=self.config.dtype(), device=device)
+        if self.config.lora:
+            attach(whole, self.config.lora, self.context.seed)
+        return whole
 
     def _require_steps(self) -> None:
         """A process reward of steps that nobody can check would be 0 for every answer, without a word."""
@@ -213,9 +224,7 @@ class Policy:
 
     def _rollouts(self) -> Rollouts:
         config = self.config
-        self._embedded = ranks.by_main(lambda: isinstance(self.engine, TorchEngine))
-        return kind_of(self._embedded)(
-            self.engine,
+        return self.sampler.rollouts(
             self.template,
             lambda index: self._source.train(self.context.seed, index),
             self.pool,
@@ -226,17 +235,12 @@ class Policy:
             weights=config.rewards,
             weights_of=config.rewards_of,
             scorers=self._scorers,
-            ahead=groups_ahead(config, self._slots(), ranks.world() if self._embedded else 1),
+            ahead=groups_ahead(config, None if self.sampler.goes_on else config.slots, self.sampler.shares),
             max_staleness=config.max_staleness,
         )
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-
-    def _slots(self) -> int | None:
-        """Those of an engine that writes nothing during an update; None: it is elsewhere, and goes on."""
-        elsewhere = self.config.engine.kind == "server" or self.context.cluster
-        return None if elsewhere else self.config.slots
 
     def keep(
         self,
@@ -258,7 +262,6 @@ class Policy:
             self.rollouts.restore(state.meta["rollouts"])
             first, self._tokens, self._skipped = state.step, state.meta["tokens"], state.meta["skipped"]
             self.tokens_per_microbatch = min(self.tokens_per_microbatch, state.meta["microbatch"])
-        self.evaluator.load(self.weights(), version=0)
         if first == 0:
             if self._source.note:
                 context.warn(self._source.note)
@@ -278,29 +281,16 @@ class Policy:
     def _held(self) -> dict[str, Tensor]:
         return {f"{name}/{k}": t for name, (made, _) in self._kept.items() for k, t in made().items()}
 
-    def weights(self) -> dict[str, Tensor]:
-        """Those of now, in the memory of ``whole``."""
-        if self.whole is not self.model:
-            refresh(self.whole, self.model)
-        return self.whole.state_dict()
-
     def write(
         self, step: int, collect: Callable[[Rollouts], list[GradedGroup]] | None = None
     ) -> list[GradedGroup]:
         """The graded groups of a step, written under the weights of now, which are version ``step``."""
         self._started = time.perf_counter()
-        weights = self.weights()
-        # a transfer, and what the canary asks, are the first rank's affair, and may take long
-        everywhere = ranks.agreed if self._embedded else ranks.by_main
-        everywhere(lambda: self._load(weights, step))
+        self.sampler.bring(step)
+        self._brought = time.perf_counter()
         graded = collect(self.rollouts) if collect else self.rollouts.collect(self.config.groups)
         self._written = time.perf_counter()
         return graded
-
-    def _load(self, weights: Mapping[str, Tensor], step: int) -> None:
-        self.engine.load(weights, version=step)
-        if self.canary:
-            self.canary.look(step)
 
     def lr_scale(self, step: int) -> float:
         return lr_scale(self.config, step)
@@ -319,15 +309,17 @@ class Policy:
             "lr": config.lr * self.lr_scale(step),
             "tokens": self._tokens,
             "tokens/s": metrics["step_tokens"] / (ended - self._started),
-            "seconds/generate": self._written - self._started - self.rollouts.seconds_grading,
+            "seconds/generate": self._written - self._brought - self.rollouts.seconds_grading,
             "seconds/grade": self.rollouts.seconds_grading,
             "seconds/update": ended - self._written,
         }
         self.rollouts.seconds_grading = 0.0
         if config.max_staleness is not None:
             metrics["stale"] = self.rollouts.stale
-        if self.canary:
-            metrics["logprob_gap/canary"] = self.canary.gap
+        if self.sampler.transfer is not None:
+            metrics["seconds/transfer"] = self.sampler.transfer
+        if self.sampler.gap is not None:
+            metrics["logprob_gap/canary"] = self.sampler.gap
         done = step + 1
         if done % config.eval_every == 0 or done == config.steps:
             metrics |= self.look(done)
@@ -355,11 +347,13 @@ class Policy:
         warn_unjudged(verdicts, self.context.warn, self.context.folder / WARNINGS)
 
     def look(self, step: int) -> dict[str, float]:
-        """Held-out accuracy, and the same few prompts answered again."""
+        """Held-out accuracy after ``step`` steps, and the same few prompts answered again."""
+        return self.sampler.look(step, self.rollouts, lambda engine: self._look(engine, step))
+
+    def _look(self, engine: Answerer, step: int) -> dict[str, float]:
         config = self.config
-        self.weights()
         result = evaluate(
-            self.evaluator,
+            engine,
             self.template,
             self.held_out,
             samples=config.eval_samples,

@@ -22,7 +22,7 @@ from liubai.learn.losses import LossConfig, token_weights
 from liubai.learn.optim import Optimizer
 from liubai.learn.packing import Batch, Sequence1, micro_batches
 from liubai.learn.replicas import Replicas
-from liubai.learn.sharded import share_out
+from liubai.learn.sharded import load_to_share, share_out
 from liubai.learn.update import Judged, UpdateConfig, improve
 from liubai.model.scorer import Scorer, scorer_from
 from liubai.model.transformer import Transformer
@@ -95,11 +95,12 @@ class Critic:
 
     def __init__(self, config: Config, policy: Policy, seed: int) -> None:
         self.config, self.policy, self.pad_id = config, policy, policy.tokenizer.pad_id
-        self.scorer = scorer_from(policy.model, seed)
+        trunk, _ = load_to_share(policy.parent, dtype=config.dtype(), device=config.where())
+        self.scorer = scorer_from(trunk, seed)
         self.scorer.checkpointing = config.checkpointing
         with torch.no_grad():
             self.scorer.score.weight.zero_()  # nothing is expected of anything, at first
-        share_out(self.scorer)
+        share_out(self.scorer, device=config.where())
         self.optimizer = Optimizer(
             self.scorer,
             lr=config.critic_lr,

@@ -16,8 +16,7 @@ from liubai.errors import UserError
 from liubai.learn.optim import Optimizer, cosine
 from liubai.learn.packing import Batch, Sequence1, micro_batches
 from liubai.learn.process import aggregate, step_loss
-from liubai.learn.sharded import share_out
-from liubai.model.checkpoint import load
+from liubai.learn.sharded import load_to_share, share_out
 from liubai.model.scorer import Scorer, save_scorer, scorer_from
 from liubai.model.transformer import Transformer
 from liubai.seeds import derive, stream
@@ -40,9 +39,9 @@ class Config(Brought, Trained):
 
 def run(config: Config, context: Context) -> None:
     parent = context.parent_checkpoint(config.model)
-    model, tokenizer = load(parent, dtype=config.dtype(), device=config.where())
+    model, tokenizer = load_to_share(parent, dtype=config.dtype(), device=config.where())
     template = template_for(tokenizer, parent)
-    scorer = share_out(scorer_from(model, derive(context.seed, "score")))
+    scorer = share_out(scorer_from(model, derive(context.seed, "score")), device=config.where())
     scorer.checkpointing = config.checkpointing
     answers = [e for path in context.given(GRADED) for e in read_examples(path)]
     prompts = sorted({e.prompt for e in answers})

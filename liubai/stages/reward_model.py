@@ -19,8 +19,7 @@ from liubai.files import write_json
 from liubai.learn.optim import Optimizer, cosine
 from liubai.learn.packing import Batch, Sequence1
 from liubai.learn.preference import bradley_terry, pointwise
-from liubai.learn.sharded import share_out
-from liubai.model.checkpoint import load
+from liubai.learn.sharded import load_to_share, share_out
 from liubai.model.scorer import Scorer, save_scorer, scorer_from
 from liubai.model.transformer import Transformer
 from liubai.seeds import derive
@@ -46,9 +45,9 @@ class Config(Brought, Trained):
 
 def run(config: Config, context: Context) -> None:
     parent = context.parent_checkpoint(config.model)
-    model, tokenizer = load(parent, dtype=config.dtype(), device=config.where())
+    model, tokenizer = load_to_share(parent, dtype=config.dtype(), device=config.where())
     template = template_for(tokenizer, parent)
-    scorer = share_out(scorer_from(model, derive(context.seed, "score")))
+    scorer = share_out(scorer_from(model, derive(context.seed, "score")), device=config.where())
     scorer.checkpointing = config.checkpointing
     learned, measured = pairs_of(
         config.pairs, context, lambda e: len(without_thought(template, e.prompt, e.response).ids)

@@ -12,12 +12,11 @@ from typing import Any
 
 from pydantic import Field
 
-from liubai import ranks
 from liubai.learn.advantages import Advantage
 from liubai.learn.losses import LossConfig
 from liubai.learn.presets import expand
+from liubai.learn.sharded import bring, load_to_share, share_out
 from liubai.learn.update import UpdateConfig, update
-from liubai.model.checkpoint import load
 from liubai.model.lora import merged
 from liubai.seeds import stream
 from liubai.stages.context import Context
@@ -47,7 +46,8 @@ def run(config: Config, context: Context) -> None:
     with Policy(config, context) as policy:
         reference = None
         if config.loss.kl:
-            reference = load(policy.parent, dtype=config.dtype(), device=config.where())[0]
+            reference, _ = load_to_share(policy.parent, dtype=config.dtype(), device=config.where())
+            share_out(reference, device=config.where(), learns=False)
             policy.keep("reference", reference.state_dict)
         for step in policy.steps():
             graded = policy.write(step, lambda rollouts: collect(rollouts, config))
@@ -55,7 +55,7 @@ def run(config: Config, context: Context) -> None:
             if config.shuffle_rewards:
                 groups = shuffle_rewards(groups, stream(context.seed, "shuffle", step))
             if reference and step % config.reference_every == 0:
-                reference.load_state_dict({n: ranks.whole(t) for n, t in merged(policy.model).items()})
+                bring(merged(policy.model), reference)
             learned = update(
                 policy.model,
                 policy.optimizer,

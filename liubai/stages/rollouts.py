@@ -94,8 +94,7 @@ class Rollouts:
         self._drop_stale()
         self._top_up(groups)
         while len(self._ended) < groups:
-            for request, sample in self.engine.step():
-                self._take(request, sample)
+            self.step()
             self._poll()
         taken, self._ended = self._ended[:groups], self._ended[groups:]
         while not all((i, j) in self._answers for i in taken for j in range(self.samples)):
@@ -106,6 +105,16 @@ class Rollouts:
         self._judge(taken)
         self.seconds_grading += time.perf_counter() - started
         return [self._close(index) for index in taken]
+
+    def step(self) -> list[tuple[Request, Sample]]:
+        """Let the engine write. What ends of others' requests, whose ids are below 0, is returned."""
+        others = []
+        for request, sample in self.engine.step():
+            if request.id < 0:
+                others.append((request, sample))
+            else:
+                self._take(request, sample)
+        return others
 
     def _top_up(self, groups: int) -> None:
         while len(self._open) < groups + self.ahead:

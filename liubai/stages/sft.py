@@ -14,8 +14,8 @@ from pydantic import Field, field_validator
 from liubai.errors import UserError
 from liubai.learn.optim import Optimizer, cosine
 from liubai.learn.packing import Batch, micro_batches
-from liubai.learn.sharded import share_out
-from liubai.model.checkpoint import load, save_checkpoint
+from liubai.learn.sharded import load_to_share, share_out
+from liubai.model.checkpoint import save_checkpoint
 from liubai.model.lora import LoraConfig, attach, merged, save_adapter
 from liubai.problems import family, problem_at
 from liubai.problems.family import CAREFUL
@@ -63,11 +63,11 @@ class Config(Brought, Trained):
 
 def run(config: Config, context: Context) -> None:
     parent = context.parent_checkpoint(config.model)
-    model, tokenizer = load(parent, dtype=config.dtype(), device=config.where())
+    model, tokenizer = load_to_share(parent, dtype=config.dtype(), device=config.where())
     model.checkpointing = config.checkpointing
     if config.lora:
         attach(model, config.lora, context.seed)
-    share_out(model)
+    share_out(model, device=config.where())
     template = template_for(tokenizer, parent)
     sequences = [encoded(template, example) for example in examples(config, context)]
     require_room(model, sequences)

@@ -15,13 +15,6 @@ from liubai import ranks
 from liubai.stages.rollouts import GradedGroup, Rollouts
 
 
-def kind_of(embedded: bool) -> type[Rollouts]:
-    """The rollouts of a run with this many ranks."""
-    if ranks.world() == 1:
-        return Rollouts
-    return Shared if embedded else Told
-
-
 class Shared(Rollouts):
     """Each rank writes its share."""
 
