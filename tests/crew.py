@@ -70,6 +70,9 @@ class ScriptedCrew:
         self.hands[place] = Hand()
         self.starts[place] += 1
 
+    def vacant(self, place: int) -> bool:
+        return True
+
     def share(self, weights: Mapping[str, Tensor]) -> object:
         return dict(weights)
 

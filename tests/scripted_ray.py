@@ -21,6 +21,10 @@ class RayTaskError(RayError):
 class RayActorError(RayError): ...
 
 
+class ActorUnavailableError(RayActorError):
+    """What Ray says of an actor while it does not know whether it is gone."""
+
+
 class OutOfMemoryError(RayError):
     """What Ray says of an actor that its memory monitor has killed."""
 
@@ -82,7 +86,7 @@ class ScriptedRay(ModuleType):
 
 def installed(monkeypatch: pytest.MonkeyPatch) -> ScriptedRay:
     ray, exceptions = ScriptedRay(), ModuleType("ray.exceptions")
-    for kind in (RayError, RayTaskError, RayActorError, OutOfMemoryError):
+    for kind in (RayError, RayTaskError, RayActorError, ActorUnavailableError, OutOfMemoryError):
         setattr(exceptions, kind.__name__, kind)
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,10 +14,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from scripted_ray import Anywhere, OutOfMemoryError, RayActorError, RayError, RayTaskError, ScriptedRay
+from scripted_ray import (
+    ActorUnavailableError,
+    Anywhere,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    ScriptedRay,
+)
 from scripted_ray import ray as ray  # a fixture
 
 from liubai.cluster.actors import (
+    UNSURE,
     Build,
     EngineBuild,
     RayCrew,
@@ -273,6 +283,30 @@ def test_an_actor_that_ray_has_lost_is_lost(kind: type[Exception], ray: Scripted
     why = "Task was killed due to the node running low on memory"
     assert crew.hear(1) == [Lost(0, why), Report(1, begun_again=1)]
     assert crew.pids == {1: 1}
+
+
+@pytest.mark.parametrize("fate", [RayActorError("its node has died"), None, "never"])
+def test_an_actor_out_of_reach_is_lost_at_once_and_replaced_when_it_is_known_to_be_gone(
+    fate: Exception | str | None, ray: ScriptedRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would put the next one on the same node, until it has found out that there is none."""
+    away = ActorUnavailableError("The actor x is unavailable: The actor is temporarily unavailable: RpcError")
+    said = iter([away, away, away if fate == "never" else fate or Report(0)])
+    crew = crew_of(ray, {"hear": lambda *_: next(said, away)})
+    assert crew.hear(1) == [Lost(0, "it cannot be reached")]
+    assert crew.pids == {}
+    assert not crew.vacant(0)
+    assert crew.hear(1) == []
+    assert not crew.vacant(0)
+    assert crew.hear(1) == []
+    assert crew.vacant(0) is (fate != "never")
+    later = time.monotonic() + UNSURE
+    monkeypatch.setattr("time.monotonic", lambda: later)
+    assert crew.vacant(0)
+    ray.actors = [{"open": lambda build, place, threads, release: 7}]
+    crew.start(0)
+    assert crew.hear(1) == [Report(0)]
+    assert crew.pids == {0: 7}
 
 
 def test_what_an_actor_itself_raises_is_no_loss(ray: ScriptedRay) -> None:

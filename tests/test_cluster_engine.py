@@ -312,6 +312,26 @@ def test_an_actor_that_is_silent_over_its_work_is_taken_for_lost(monkeypatch: py
     assert any("said nothing for 300 s" in line for line in said)
 
 
+def test_the_next_actor_waits_until_the_last_one_is_known_to_be_gone() -> None:
+    """Its work does not."""
+    crew = ScriptedCrew(2, rush=0.0)
+    engine = engine_of(crew, clock=(clock := Clock()))
+    engine.load({}, 0)
+    engine.submit(requests_of(2, 2))
+    engine.step()
+    del crew.hands[0]
+    engine._lose(0, "it cannot be reached")
+    crew.vacant = lambda place: clock.now >= 100  # type: ignore[method-assign]
+    to_the_end(engine, clock, 1)
+    assert crew.starts == [1, 1]
+    assert [place for place, _ in crew.written] == [0, 1, 1]
+    clock.now = 100
+    engine.submit(requests_of(1, 2, first=2))
+    to_the_end(engine, clock, 1)
+    assert crew.starts == [2, 1]
+    assert engine.losses == 1
+
+
 def test_time_in_which_nobody_listened_is_no_silence() -> None:
     crew = ScriptedCrew(1, rush=0.0)
     engine = engine_of(crew, clock=(clock := Clock()))

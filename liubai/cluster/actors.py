@@ -39,6 +39,8 @@ HOLD = 0.05
 HEARTBEAT = 5.0
 #: Seconds that actors have to clear up before they are ended.
 FAREWELL = 5.0
+#: Seconds that Ray has to find out whether a node is gone, of which it takes a quarter of a minute.
+UNSURE = 60.0
 
 #: Makes the engine of the actor of a place, there; the stack lets go of it.
 Build = Callable[[int, ExitStack], Engine]
@@ -239,6 +241,8 @@ class RayCrew:
         self.pids: dict[int, int] = {}  #: of the actors that are there, each on its node
         self._actors: dict[int, Any] = {}
         self._awaited: dict[Any, int] = {}  # that an actor is open, or its news -> its place
+        # lost, and Ray does not know yet why: until when that is waited for
+        self._unsure: dict[int, float] = {}
 
     def start(self, place: int) -> None:
         import ray
@@ -248,6 +252,9 @@ class RayCrew:
         actor = kind.options(**self._places.options(place), max_restarts=0).remote()
         self._actors[place] = actor
         self._awaited[actor.open.remote(self._build, place, self._threads, releases())] = place
+
+    def vacant(self, place: int) -> bool:
+        return time.monotonic() >= self._unsure.get(place, 0.0)
 
     def share(self, weights: Mapping[str, Tensor]) -> object:
         import ray
@@ -273,15 +280,22 @@ class RayCrew:
         ready, _ = ray.wait(refs, num_returns=1, timeout=seconds)
         if ready:  # and whatever else is there by now
             ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        return [self._news(ref) for ref in ready]
+        return [news for ref in ready if (news := self._news(ref))]
 
-    def _news(self, ref: Any) -> Report | Lost:
+    def _news(self, ref: Any) -> Report | Lost | None:
+        """None of an actor that was lost before."""
         place = self._awaited.pop(ref)
+        until = self._unsure.pop(place, None)
         try:
             news = fetched(ref)
         except ActorLost as lost:
             self.pids.pop(place, None)
-            return Lost(place, str(lost))
+            if not lost.sure:
+                self._unsure[place] = until or time.monotonic() + UNSURE
+                self._awaited[self._actors[place].hear.remote(place)] = place
+            return None if until else Lost(place, str(lost))
+        if until:  # it lives, but others have its work: it is ended when the next one starts
+            return None
         self._awaited[self._actors[place].hear.remote(place)] = place
         if isinstance(news, int):
             self.pids[place] = news
@@ -295,6 +309,7 @@ class RayCrew:
         if (actor := self._actors.pop(place, None)) is not None:
             ray.kill(actor)
         self.pids.pop(place, None)
+        self._unsure.pop(place, None)
         self._awaited = {ref: p for ref, p in self._awaited.items() if p != place}
 
     def close(self) -> None:
@@ -309,7 +324,12 @@ class RayCrew:
 
 
 class ActorLost(Exception):
-    """What was asked of an actor will never be answered, through no fault of the program; says why."""
+    """What was asked of an actor will never be answered, through no fault of the program; says why. ``sure``:
+    the actor is gone, and not only out of reach."""
+
+    def __init__(self, why: str, sure: bool = True) -> None:
+        super().__init__(why)
+        self.sure = sure
 
 
 def fetched(ref: Any) -> Any:
@@ -318,12 +338,14 @@ def fetched(ref: Any) -> Any:
     Whatever Ray says that is not a task's own error is a loss: that the actor has died or was killed for the
     memory of its node, that the node is gone, or that there is no place for it any more."""
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
     try:
         return ray.get(ref)
     except RayTaskError as error:
         raise error.cause from error
+    except ActorUnavailableError as error:
+        raise ActorLost("it cannot be reached", sure=False) from error
     except RayError as error:
         raise ActorLost(why_lost(error)) from error
 

@@ -63,6 +63,9 @@ class Crew(Protocol):
     def start(self, place: int) -> None:
         """Put a new actor there. Whoever was there before is ended, and not heard any more."""
 
+    def vacant(self, place: int) -> bool:
+        """Is it known that who was lost there is gone? A new one may be lost with the same node otherwise."""
+
     def share(self, weights: Mapping[str, Tensor]) -> object:
         """Weights where every actor finds them, put there once; what is told to actors in their place."""
 

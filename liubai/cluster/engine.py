@@ -344,7 +344,7 @@ class RemoteEngine:
 
     def _start_again(self) -> None:
         for place, actor in enumerate(self._places):
-            if actor.state == "down" and self._clock() >= actor.due:
+            if actor.state == "down" and self._clock() >= actor.due and self.crew.vacant(place):
                 actor.state = "starting"
                 self.crew.start(place)
                 self._load(place)
