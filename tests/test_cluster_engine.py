@@ -312,6 +312,26 @@ def test_an_actor_that_is_silent_over_its_work_is_taken_for_lost(monkeypatch: py
     assert any("said nothing for 300 s" in line for line in said)
 
 
+@pytest.mark.parametrize("last", [Report(0), Lost(0, "killed")])
+def test_who_is_heard_in_the_last_moment_was_not_silent(last: Report | Lost) -> None:
+    crew = ScriptedCrew(1)
+    engine = engine_of(crew, clock=(clock := Clock()))
+    engine.load({}, 0)
+    engine.submit(requests_of(1, 2))
+    news = iter([(1, [Report(0)]), (module.SILENT - 1, []), (2, [last])])
+
+    def hear(seconds: float) -> list[Report | Lost]:
+        crew.hands[0].reported = True
+        passed, heard = next(news)
+        clock.now += passed
+        return heard
+
+    crew.hear = hear  # type: ignore[method-assign]
+    for _ in range(3):
+        engine.step()
+    assert engine.losses == isinstance(last, Lost)
+
+
 def test_the_next_actor_waits_until_the_last_one_is_known_to_be_gone() -> None:
     """Its work does not."""
     crew = ScriptedCrew(2, rush=0.0)

@@ -133,12 +133,13 @@ class RemoteEngine:
         self._hand_out()
         began = self._clock()
         news = self.crew.hear(PATIENCE)
-        self._count_silence(self._clock() - began)
+        listened = self._clock() - began
         for one in news:
             if isinstance(one, Lost):
                 self._lose(one.place, one.why)
             else:
                 self._take(one)
+        self._count_silence(listened)
         self._hand_out()
         self._tell()
         return self._ended
