@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import scripted_ray
+from conftest import Silent
 from scripted_ray import Anywhere, OutOfMemoryError, RayTaskError, Ref, Script, ScriptedRay
 
 import liubai.cluster.trainers as module
 from liubai import ranks
 from liubai.cluster import connect as way
 from liubai.cluster import placement
-from liubai.cluster.placement import Places, Share, how_many
+from liubai.cluster.placement import Places, Room, Share, how_many
 from liubai.cluster.trainers import LONG, RankFailed, Said, TrainerActor, Trainers, as_asked
 from liubai.errors import UserError
 from liubai.rollout.engines import EngineConfig
@@ -82,7 +83,7 @@ def test_the_end_of_a_rank_is_seen_whoever_holds_its_pipes(monkeypatch: pytest.M
 def ray(monkeypatch: pytest.MonkeyPatch) -> ScriptedRay:
     ray = scripted_ray.installed(monkeypatch)
     monkeypatch.setattr(module, "Places", Anywhere)
-    monkeypatch.setattr(module, "room", lambda: [Share(2.0)])
+    monkeypatch.setattr(module, "room", lambda fixed: Room((Share(2.0),), fixed))
     return ray
 
 
@@ -160,8 +161,9 @@ def test_a_group_that_starts_again_is_told_of_the_same_room(
     ray: ScriptedRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the dead driver's actors had is not free yet; the number of actors must not depend on it."""
-    rooms = iter([[Share(3.0), Share(4.0, 1.0)], [Share(1.0)]])
-    monkeypatch.setattr(module, "room", lambda: next(rooms))
+    first = Room((Share(3.0), Share(4.0, 1.0)), fixed=True)
+    rooms = iter([Room((Share(5.0),)), first, Room((Share(1.0),))])  # before the ranks are there, and after
+    monkeypatch.setattr(module, "room", lambda fixed: next(rooms))
     ray.actors = [rank(WELL), rank(OutOfMemoryError("gone")), rank(WELL), rank(WELL)]
     Group().run()
     variables = [given[1] for name, given in ray.calls if name == "start"]
@@ -169,7 +171,7 @@ def test_a_group_that_starts_again_is_told_of_the_same_room(
     (told,) = {v[placement.ROOM] for v in variables}
     monkeypatch.setenv(placement.ROOM, told)
     monkeypatch.setitem(sys.modules, "ray._private.state", SimpleNamespace(available_resources_per_node=dict))
-    assert placement.room() == [Share(3.0), Share(4.0, 1.0)]
+    assert placement.room(fixed=False) == first
 
 
 def test_a_users_mistake_is_told_without_whose_it_is(ray: ScriptedRay) -> None:
@@ -211,8 +213,29 @@ def test_a_mistake_of_the_program_in_any_rank_shows_its_traceback(ray: ScriptedR
     ],
 )
 def test_as_many_as_the_single_nodes_have_room_for(share: Share, nodes: list[Share], count: int) -> None:
-    assert how_many(None, share, nodes) == count
-    assert how_many(5, share, nodes) == 5
+    assert how_many(None, share, "actors", Room(tuple(nodes))) == count
+    assert how_many(9, share, "actors", Room(tuple(nodes))) == 9
+
+
+def test_a_cluster_of_this_machine_has_no_room_at_once() -> None:
+    here = Room((Share(2.0),), fixed=True)
+    assert how_many(2, Share(1.0), "actors", here) == 2
+    with pytest.raises(
+        UserError, match=r"no room for 5 actors of 1 CPU each: .* 2 CPU, which is enough for 2;"
+    ):
+        how_many(5, Share(1.0), "actors", here)
+    with pytest.raises(UserError, match=r"no room for 1 actors of 3 CPU each"):
+        how_many(None, Share(3.0), "actors", here)
+
+
+def test_ranks_that_a_machine_has_no_gpus_for_are_refused_at_once(
+    ray: ScriptedRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "room", lambda fixed: Room((Share(8.0, 1.0),), fixed))
+    say = lambda *_: None  # noqa: E731
+    with pytest.raises(UserError, match=r"no room for 2 trainers of 1 CPU, 1 GPU each"):
+        Trainers(["-m", "x"], 2, Share(1.0, 1.0), say, say, fixed=True).run()
+    assert ray.calls == []
 
 
 @pytest.fixture
@@ -238,9 +261,17 @@ def full(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waited
 
 
-def test_a_cluster_of_this_machine_has_no_room_at_once(full: list[float]) -> None:
-    with pytest.raises(UserError, match=r"no room for 5 actors of 1 CPU each: it has 2 CPU.* enough for 2;"):
-        Places(5, Share(1.0), "SPREAD", "actors", fixed=True)
+def test_a_rank_says_at_once_that_its_machine_has_no_room_for_its_actors(
+    full: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its address alone it cannot tell a cluster of this machine from another one."""
+    monkeypatch.setattr(way, "connect", lambda address: False)
+    monkeypatch.setitem(sys.modules, "ray._private.state", SimpleNamespace(available_resources_per_node=dict))
+    for name, text in placement.told(Room((Share(2.0),), fixed=True)).items():
+        monkeypatch.setenv(name, text)
+    cluster = way.Cluster("10.0.0.1:6379", Silent(), actors=500).__enter__()
+    with pytest.raises(UserError, match=r"this machine has no room for 500 rollout actors .* 2 CPU"):
+        cluster.engine(int, slots=4, max_length=16)  # type: ignore[arg-type]
     assert full == []
 
 

@@ -45,15 +45,13 @@ class Cluster:
 
     def __init__(self, address: str, view: View, actors: int | None = None) -> None:
         self.address, self.view, self.actors = address, view, actors
-        self._fixed = False
         self._engine: RemoteEngine | None = None
 
     def __enter__(self) -> Self:
         from liubai.cluster.placement import room
 
-        self._fixed = connect(self.address)
         # asked once: what an engine has given back is not free at once, and the number of actors decides bits
-        self._room = room()
+        self._room = room(fixed=connect(self.address))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -126,8 +124,9 @@ class Cluster:
         self._let_go()
         threads = torch.get_num_threads()
         share = Share(1.0, gpus) if gpus else Share(threads)
-        count = how_many(self.actors, share, self._room)
-        places = Places(count, share, "SPREAD", "rollout actors", self.view.warn, self._fixed)
+        what = "rollout actors"
+        count = how_many(self.actors, share, what, self._room)
+        places = Places(count, share, "SPREAD", what, self.view.warn)
         self._engine = RemoteEngine(
             RayCrew(build, places, threads),
             slots=slots,

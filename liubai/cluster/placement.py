@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
@@ -32,12 +32,19 @@ class Share:
         return {name: n for name, n in parts.items() if n}
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What each node has left; ``fixed`` where the cluster is this machine, and will never have more."""
+
+    nodes: tuple[Share, ...]
+    fixed: bool = False
+
+
 class Places:
     """``size`` processes with a ``share`` each, spread over the nodes or packed onto few. When a node is
-    lost, Ray finds another place for its share, as soon as there is one. ``fixed``: the cluster is this
-    machine, and will never have more than it has.
+    lost, Ray finds another place for its share, as soon as there is one.
 
-    Raises ``UserError`` where there is no room for them, at once or after a minute; ``warn`` is told before.
+    Raises ``UserError`` where there is no room for them within a minute; ``warn`` is told before.
     """
 
     def __init__(
@@ -47,7 +54,6 @@ class Places:
         strategy: Literal["SPREAD", "PACK"],
         what: str,
         warn: Callable[[str], None] | None = None,
-        fixed: bool = False,
     ) -> None:
         import ray
         from ray.exceptions import GetTimeoutError
@@ -55,11 +61,6 @@ class Places:
 
         self.size, self.share = size, share
         asked = f"{size} {what} of {_said(share)} each"
-        if fixed and size > (most := _fit(share, total())):
-            raise UserError(
-                f"this machine has no room for {asked}: it has {_said(total())}, which is enough for {most}; "
-                "ask for fewer"
-            )
         self._group: Any = placement_group([share.bundle()] * size, strategy=strategy)
         ready, began = self._group.ready(), time.monotonic()
         for seconds in (LATE, PLACED):
@@ -114,20 +115,21 @@ def free() -> Share:
     return _share(ray.available_resources())  # type: ignore[no-untyped-call]
 
 
-def room() -> list[Share]:
-    """What each node has left or, to a rank, had left when the ranks were first in their places."""
+def room(fixed: bool) -> Room:
+    """As it is or, to a rank, as it was when the ranks were first in their places."""
     from ray._private.state import available_resources_per_node
 
     if ROOM in os.environ:
-        return [Share(*node) for node in json.loads(os.environ[ROOM])]
-    nodes = available_resources_per_node()  # type: ignore[no-untyped-call]
-    return [_share(node) for node in nodes.values()]
+        nodes, fixed = json.loads(os.environ[ROOM])
+        return Room(tuple(Share(*node) for node in nodes), fixed)
+    found = available_resources_per_node()  # type: ignore[no-untyped-call]
+    return Room(tuple(_share(node) for node in found.values()), fixed)
 
 
-def told(nodes: Sequence[Share]) -> dict[str, str]:
-    """The variable from which :func:`room` reads them. A rank that is started again must not ask the cluster:
+def told(room: Room) -> dict[str, str]:
+    """The variable from which :func:`room` reads it. A rank that is started again must not ask the cluster:
     what its forerunner's actors had may not be free yet, and the number of actors decides bits."""
-    return {ROOM: json.dumps([astuple(node) for node in nodes])}
+    return {ROOM: json.dumps(astuple(room))}
 
 
 def _share(found: Mapping[str, float]) -> Share:
@@ -139,9 +141,19 @@ def _said(share: Share) -> str:
     return ", ".join(f"{n:.3g} {name}" for name, n in parts.items() if n) or "nothing"
 
 
-def how_many(wanted: int | None, share: Share, nodes: Sequence[Share]) -> int:
-    """As many as the ``nodes`` have room for, each on one of them, unless told otherwise; one at least."""
-    return wanted or max(1, sum(_fit(share, node) for node in nodes))
+def how_many(wanted: int | None, share: Share, what: str, room: Room) -> int:
+    """As many as there is ``room`` for, each on one of the nodes, unless told otherwise; one at least.
+
+    Raises ``UserError`` when there will never be room for them."""
+    most = sum(_fit(share, node) for node in room.nodes)
+    count = wanted or max(1, most)
+    if room.fixed and count > most:
+        (machine,) = room.nodes
+        raise UserError(
+            f"this machine has no room for {count} {what} of {_said(share)} each: for them it has "
+            f"{_said(machine)}, which is enough for {most}; ask for fewer"
+        )
+    return count
 
 
 def _fit(share: Share, node: Share) -> int:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liubai.cluster.actors import ActorLost, fetched
-from liubai.cluster.placement import Places, Share, room, told
+from liubai.cluster.placement import Places, Share, how_many, room, told
 from liubai.commands.stopping import TERMINATED
 from liubai.errors import UserError
 
@@ -159,7 +159,8 @@ class RankFailed(Exception):
 
 class Trainers:
     """``size`` ranks of ``command`` (arguments of the interpreter). ``say`` gets what rank 0 prints, line by
-    line, and whether it is for stderr; ``warn`` is told of losses."""
+    line, and whether it is for stderr; ``warn`` is told of losses. ``fixed``: see
+    :class:`liubai.cluster.placement.Room`."""
 
     def __init__(
         self,
@@ -168,8 +169,9 @@ class Trainers:
         share: Share,
         say: Callable[[str, bool], None],
         warn: Callable[[str], None],
+        fixed: bool = False,
     ) -> None:
-        self.command, self.size, self.share = list(command), size, share
+        self.command, self.size, self.share, self.fixed = list(command), size, share, fixed
         self.pids: list[int] = []  #: of the ranks, each on its node
         self.losses = 0
         self._say, self._warn = say, warn
@@ -179,7 +181,8 @@ class Trainers:
 
     def run(self) -> None:
         """Returns when all ranks have ended well. Raises ``UserError`` when they have not, were lost too
-        often or are not there in time, and :class:`RankFailed`."""
+        often, have no room or are not there in time, and :class:`RankFailed`."""
+        how_many(self.size, self.share, "trainers", room(self.fixed))
         places = Places(self.size, self.share, "PACK", "trainers", self._warn)
         in_a_row = 0
         try:
@@ -213,7 +216,7 @@ class Trainers:
         ]
         try:
             homes = self._all([actor.open.remote() for actor in self._actors])
-            self._room = self._room or told(room())
+            self._room = self._room or told(room(self.fixed))
             nodes = [node for node, _, _ in homes]
             _, address, port = homes[0]
             self.pids = self._all(
@@ -353,7 +356,7 @@ def train(
     from liubai.cluster.placement import total
 
     assert where.address is not None
-    connect(where.address, beside=where.trainers * max(1, threads))
+    fixed = connect(where.address, beside=where.trainers * max(1, threads))
     try:
         command = [
             "-m",
@@ -373,6 +376,7 @@ def train(
         def say(line: str, aside: bool) -> None:
             print(as_asked(line, out), file=sys.stderr if aside else sys.stdout, flush=True)
 
-        Trainers(command, where.trainers, share, say, lambda text: say(f"note: {text}", False)).run()
+        warn = lambda text: say(f"note: {text}", False)  # noqa: E731
+        Trainers(command, where.trainers, share, say, warn, fixed).run()
     finally:
         ray.shutdown()  # type: ignore[no-untyped-call]
