@@ -335,6 +335,18 @@ def test_where_ray_does_not_start_that_is_said(local: dict[str, Any]) -> None:
         way.connect("auto")
 
 
+def test_a_cluster_is_left_whatever_goes_wrong_with_its_engine(local: dict[str, Any]) -> None:
+    def close() -> None:
+        raise RuntimeError("an actor could not be ended")
+
+    sys.modules["ray"].shutdown = lambda: local.update(left=True)  # type: ignore[attr-defined]
+    cluster = way.Cluster("auto", Silent())
+    cluster._engine = SimpleNamespace(close=close)  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="could not be ended"):
+        cluster.__exit__()
+    assert local["left"]
+
+
 @pytest.mark.parametrize("address", ["auto", "local", "somewhere"])
 def test_a_variable_that_names_no_cluster_is_named(
     address: str, local: dict[str, Any], monkeypatch: pytest.MonkeyPatch

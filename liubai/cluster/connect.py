@@ -57,8 +57,10 @@ class Cluster:
     def __exit__(self, *error: object) -> None:
         import ray
 
-        self._let_go()
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        try:
+            self._let_go()
+        finally:
+            ray.shutdown()  # type: ignore[no-untyped-call]
 
     def engine_for(
         self,
