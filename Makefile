@@ -40,8 +40,8 @@ test-llama: setup .venv-llama/ready
 	$(BIN)/pip install --no-deps --target .venv-llama llama-cpp-python==0.3.36 diskcache
 	@touch $@
 
-# Real clusters of several nodes on this machine, whose processes are killed: some minutes. In an environment
-# without Ray, `make test` skips them.
+# Real clusters of several nodes on this machine, whose processes are killed: two to three minutes. `make test`
+# skips them until Ray is there, which this installs.
 test-ray: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[ray]'
 	$(BIN)/pytest tests/test_ray.py
