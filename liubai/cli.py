@@ -26,7 +26,7 @@ from liubai.commands.plan import plan
 from liubai.commands.scaling import scaling
 from liubai.commands.serve import serve
 from liubai.commands.shared import Elsewhere, checkpoint_folder, place_for, table
-from liubai.commands.stopping import TERMINATED, Terminated, again, heeding_sigterm, under_torchrun
+from liubai.commands.stopping import TERMINATED, again, heeding_sigterm, under_torchrun
 from liubai.commands.whitebox import whitebox
 from liubai.errors import UserError
 from liubai.model.config import Dtype
@@ -162,15 +162,15 @@ def _run(
 
     plan = recipe.load_recipe(path, overrides)
     folder = out or Path("runs") / plan.name
-    with heeding_sigterm():
+    with heeding_sigterm() as terminated:
         try:
             if not _through(plan, path, overrides, folder, live, reuse, where):
                 return
-        except KeyboardInterrupt as stop:
+        except KeyboardInterrupt:
             if ranks.is_main():
                 said = f"stopped; what was saved is in {folder}; to continue: {again()}"
                 print(f"liubai: {said}", file=sys.stderr)
-            raise typer.Exit(TERMINATED if isinstance(stop, Terminated) else 130) from None
+            raise typer.Exit(TERMINATED if terminated() else 130) from None
     _report(folder)
 
 

@@ -225,10 +225,32 @@ def test_sigterm_twice_at_once_is_once() -> None:
             time.sleep(0.01)
             cleaned.append(True)
 
-    with pytest.raises(stopping.Terminated), stopping.heeding_sigterm():
+    with pytest.raises(KeyboardInterrupt), stopping.heeding_sigterm() as terminated:
         stopped()
+    assert terminated()
     assert cleaned
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_knows_what_has_stopped_it(
+    number: signal.Signals, code: int, liubai_: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a library, as Ray does, raises a ``KeyboardInterrupt`` of its own in the place of ours."""
+
+    def through(*_: Any) -> bool:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            pass
+        raise KeyboardInterrupt
+
+    Path("toys.toml").write_text(RECIPE)
+    monkeypatch.setattr(cli, "_through", through)
+    result = liubai_("run", "toys.toml")
+    assert result.code == code
+    assert "to continue: " in result.err
 
 
 def test_under_torchrun_a_mistake_is_said_once(liubai_: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,15 +21,13 @@ SAME = 1.0
 TERMINATED = 128 + signal.SIGTERM
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, taken as Ctrl-C is: whoever has something open closes it on the way out."""
-
-
 @contextmanager
-def heeding_sigterm() -> Iterator[None]:
-    """SIGTERM raises :class:`Terminated` in this block. Only the main thread can be asked that."""
+def heeding_sigterm() -> Iterator[Callable[[], bool]]:
+    """SIGTERM is taken as Ctrl-C in this block: whoever has something open closes it on the way out. What it
+    gives says whether there was one; the ``KeyboardInterrupt`` does not, for Ray raises one of its own in
+    its place. Only the main thread can be asked that."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: False
         return
     last = -math.inf
 
@@ -37,11 +35,11 @@ def heeding_sigterm() -> Iterator[None]:
         nonlocal last
         before, last = last, time.monotonic()
         if last - before > SAME:
-            raise Terminated
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        yield lambda: last > -math.inf
     finally:
         signal.signal(signal.SIGTERM, before)
 
