@@ -213,13 +213,13 @@ def held() -> int:
 
 @job
 def mapped(folder: Path) -> dict[str, Tensor]:
-    """By how much a rank's own memory grows when a checkpoint is opened, and when it has been shared out; in
-    sizes of the checkpoint, which must be there already: memory that this process gave back would be used."""
-    before = own_memory()
+    """By how much a rank's own memory grows when a checkpoint is opened, and what it holds when that has been
+    shared out; in sizes of the checkpoint."""
+    before, empty = own_memory(), held()
     model, _ = sharded.load_to_share(folder / "large", dtype=torch.float32, device=torch.device("cpu"))
-    opened, size = own_memory(), 4 * model.count_parameters()
+    opened, size = own_memory() - before, 4 * model.count_parameters()
     sharded.share_out(model)
-    grown = [(then - before) / size for then in (opened, own_memory())]
+    grown = [opened / size, (held() - empty) / size]
     assert torch.isfinite(model.head_weight.sum())
     return {"grown": torch.tensor(grown)}
 

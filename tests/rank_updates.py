@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def learned(
     """Some updates; what is left of the model, and what there was to log."""
     reference = tiny_model(5, model.config)
     sharded.share_out(model, layered)
+    sharded.share_out(reference, layered, learns=False)
     # with this eps a step is nearly proportional to the gradient: rounding stays rounding
     optimizer = Optimizer(model, lr=1e-2, muon_lr=muon_lr, weight_decay=0.1, eps=1.0)
     config = UpdateConfig(
@@ -103,6 +105,19 @@ def reference_in_layers(folder: Path) -> dict[str, Tensor]:
 
 
 @job
+def reference_in_the_reward(folder: Path) -> dict[str, Tensor]:
+    """Prompts that would be shared: each rank would make as many passes as it has answers to one."""
+    return learned(tiny_model(0), layered=True, kl=0.1, kl_in="reward")
+
+
+@job
+def reference_runs_dry(folder: Path) -> dict[str, Tensor]:
+    """Rank 1 alone, and in one process the only one, runs out of memory while the reference reads."""
+    with dry(lambda: not torch.is_grad_enabled()):
+        return learned(tiny_model(0), layered=False, steps=1, kl=0.1)
+
+
+@job
 def muon(folder: Path) -> dict[str, Tensor]:
     return learned(tiny_model(0), layered=False, muon_lr=1e-2)
 
@@ -131,19 +146,27 @@ def crate(folder: Path) -> dict[str, Tensor]:
 @job
 def halves(folder: Path) -> dict[str, Tensor]:
     """Rank 1 alone, and in one process the only one, runs out of memory in the middle of a backward pass."""
+    with dry(torch.is_grad_enabled):
+        return learned(tiny_model(0), layered=False, steps=1)
+
+
+@contextmanager
+def dry(when: Callable[[], bool]) -> Iterator[None]:
+    """Memory runs out once on the last rank, the third time that a model reads ``when`` that is so: in the
+    backward pass if there is one."""
     hidden, left = Transformer.hidden, [3]
 
     def bounded(self: Transformer, ids: Tensor, *args: Any) -> Tensor:
         out = hidden(self, ids, *args)
-        if torch.is_grad_enabled() and ranks.rank() == ranks.world() - 1 and ids.numel() > 1:
+        if when() and ranks.rank() == ranks.world() - 1 and ids.numel() > 1:
             left[0] -= 1
             if left[0] == 0:
-                out.register_hook(_dry)
+                out.register_hook(_dry) if out.requires_grad else _dry(out)
         return out
 
     Transformer.hidden = bounded  # type: ignore[method-assign]
     try:
-        return learned(tiny_model(0), layered=False, steps=1)
+        yield
     finally:
         Transformer.hidden = hidden  # type: ignore[method-assign]
 

@@ -59,6 +59,7 @@ eval_problems = 5
 eval_samples = 2
 save_every = 1
 refills = 1
+reference_every = 2
 [stages.zero.loss]
 aggregation = "token-mean"
 kl = 0.01

@@ -88,6 +88,17 @@ def test_ranks_learn_from_a_server_what_one_process_does(layered: bool, base: Pa
     assert not (tmp_path / "together/1-zero/weights").exists()
 
 
+def test_ranks_that_compute_in_16_bits_are_compared_by_their_bound(base: Path, tmp_path: Path) -> None:
+    """Their parts are in 32."""
+    model, _ = load(base / "checkpoint")
+    with serving(Script(model, max_model_len=4096)) as (_, url):
+        tiny = recipe(base, url, tmp_path / "tiny.toml")
+        ends = waited(start([*cli(tiny, tmp_path / "run"), "--set", "zero.precision=bfloat16"], 2))
+        assert [code for code, _ in ends] == [0, 0], ends
+    rows = [json.loads(line) for line in (tmp_path / "run/1-zero/metrics.jsonl").read_text().splitlines()]
+    assert all(1e-3 < row["logprob_gap/canary"] < 0.1 for row in rows[1:])
+
+
 @pytest.mark.parametrize("inflight", [False, True])
 def test_all_ranks_end_when_weights_do_not_arrive(inflight: bool, base: Path, tmp_path: Path) -> None:
     model, _ = load(base / "checkpoint")

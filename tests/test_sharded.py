@@ -24,6 +24,8 @@ EXACT = ("gradient", "gradient_in_layers", "not_finite")
 UPDATES = (
     "reference",
     "reference_in_layers",
+    "reference_in_the_reward",
+    "reference_runs_dry",
     "muon",
     "ratios",
     "lora",
@@ -76,7 +78,8 @@ def test_two_processes_take_the_steps_of_one(name: str, together: Found, tmp_pat
 
 
 def test_halves_were_halved(together: Found) -> None:
-    assert together["halves"][0]["log/0/halvings"] >= 1
+    for name in ("halves", "reference_runs_dry"):
+        assert together[name][0]["log/0/halvings"] >= 1
     assert "log/0/halvings" not in together["reference"][0]
 
 
@@ -241,7 +244,7 @@ def test_no_rank_holds_a_whole_model_for_an_engine_elsewhere(stages: Path) -> No
 def test_a_checkpoint_is_opened_without_being_read(stages: Path) -> None:
     opened, shared = load_file(stages / "memory.safetensors")["grown"].tolist()
     assert opened < 0.2
-    assert 0.4 < shared < 0.75
+    assert 0.49 < shared < 0.55
 
 
 def test_resume_points_of_ranks_hold_no_pickle(stages: Path) -> None:

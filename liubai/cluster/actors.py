@@ -91,6 +91,7 @@ class EngineBuild:
             folder=folder,
             lora=self.lora,
             stack=stack,
+            device=torch.device(self.device),
         )
 
     def weights(self, place: int) -> Path:

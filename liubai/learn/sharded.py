@@ -100,6 +100,9 @@ def share_out(
     if not layered:
         _keep_together(root, True)
     root.layered, root.computes = layered, dtype
+    # a rank that has no share of the first update must know its way back from one that fails, too
+    _empty(model, learns=False)
+    settle(model)
     return model
 
 
@@ -185,7 +188,8 @@ def _forget(model: Transformer) -> None:
     for p in model.parameters():
         p.grad = None
     root.reset_iter_state()
-    _reduce(model)
+    if any(p.requires_grad for p in model.parameters()):
+        _reduce(model)
     settle(model)
     for p in model.parameters():
         p.grad = None
@@ -264,17 +268,17 @@ def tokens_of(item: object) -> int:
 
 
 @torch.no_grad()
-def bring(weights: Mapping[str, Tensor], into: torch.nn.Module | None) -> None:
-    """Copy ``weights`` into a model, a tensor at a time, whichever of the two is shared out. All ranks call
-    this; one without a model helps the others."""
+def bring(weights: Mapping[str, Tensor], into: torch.nn.Module | None, dtype: torch.dtype) -> None:
+    """Copy ``weights`` into a model of this ``dtype``, a tensor at a time, whichever of the two is shared
+    out. All ranks call this; one without a model helps the others."""
     own = dict(into.named_parameters()) if into else {}
     for name, tensor in weights.items():
-        whole = ranks.whole(tensor)
+        whole = ranks.whole(tensor.to(dtype))  # in float32 twice as much would travel
         if into:
             ranks.local(own[name]).copy_(ranks.rows_of(whole, own[name]))
 
 
-def refresh(copy: torch.nn.Module | None, model: torch.nn.Module) -> None:
+def refresh(copy: torch.nn.Module | None, model: Transformer) -> None:
     """Bring a whole copy of a model that is shared out, where this rank has one, up to date."""
     settle(model)
-    bring(trained(model), copy)  # nothing else has changed
+    bring(trained(model), copy, dtype_of(model))  # nothing else has changed

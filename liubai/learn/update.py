@@ -75,6 +75,7 @@ def update(
     memory runs out, micro-batches are halved until they fit; ``halvings`` says how often
     ``tokens_per_microbatch`` has to be halved to be no more than what fitted.
     """
+    config = _in_passes(config, model)
     readers = Replicas(reference) if reference is not None else None
     rewards_PG = torch.tensor([_totals(g) for g in groups], dtype=torch.float64)
     errors_PG = rewards_PG.isnan()
@@ -124,8 +125,7 @@ def improve(
 ) -> dict[str, float]:
     """The optimizer steps on groups of answers whose tokens have their advantages; returns what to log.
     ``readers`` are the KL's reference."""
-    if in_layers(model):  # all ranks make the same passes, one for each micro-batch
-        config = replace(config, share_from=sys.maxsize)
+    config = _in_passes(config, model)
     listed = [
         sequences([pair for group in part for pair in group], config, version)
         for part in _split(judged, config.minibatches)
@@ -189,6 +189,12 @@ def improve(
         **({"halvings": halvings} if halvings else {}),
     }
     return metrics
+
+
+def _in_passes(config: UpdateConfig, model: Transformer) -> UpdateConfig:
+    """Of a model in layers all ranks make the same passes, one for each micro-batch: no prompt is shared. Its
+    reference is in layers, too."""
+    return replace(config, share_from=sys.maxsize) if in_layers(model) else config
 
 
 def _totals(group: Group) -> list[float]:

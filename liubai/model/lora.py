@@ -100,14 +100,27 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLinear))
 
 
-@torch.no_grad()
-def merged(model: Transformer) -> dict[str, Tensor]:
-    """The state of a plain model that computes the same; ``model``'s own if it has no adapters. Only what is
-    merged is whole on every rank."""
-    state = {n: t for n, t in model.state_dict().items() if not n.endswith((".lora_a", ".lora_b"))}
-    for name, layer in adapters(model):
-        state[f"{name}.weight"] = layer.merged()
-    return state
+def merged(model: Transformer) -> Mapping[str, Tensor]:
+    """The state of a plain model that computes the same; ``model``'s own if it has no adapters. What is
+    merged is so when it is asked for, and whole on every rank: all ask for the same, in the same order."""
+    return _Merged(model)
+
+
+class _Merged(Mapping[str, Tensor]):
+    def __init__(self, model: Transformer) -> None:
+        self._state = {n: t for n, t in model.state_dict().items() if not n.endswith((".lora_a", ".lora_b"))}
+        self._layers = {f"{name}.weight": layer for name, layer in adapters(model)}
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self._layers.get(name)
+        return layer.merged() if layer else self._state[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

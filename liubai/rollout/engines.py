@@ -151,6 +151,8 @@ def engine_for(
     this kind are its actors'; these decode on a ``device`` like the trainer's, by torch.compile where
     ``compile`` says so. Raises ``UserError`` for what is not there or does not fit."""
     device = device or model.head_weight.device
+    if device.type == "cuda" and device.index is None:  # another thread would begin with the first
+        device = torch.device("cuda", torch.cuda.current_device())
     if cluster and config.kind != "server":
         if config.kind != "torch":  # a name of their own, wherever on its node each actor puts it
             folder = own_folder(Path(config.folder or tempfile.gettempdir()).absolute(), folder, stack)

@@ -188,7 +188,9 @@ class Policy:
         """The model or, where it is shared out, a copy on ``device`` that is whole."""
         if ranks.world() == 1:
             return self.model
-        whole, _ = load(self.parent, dtype=self.config.dtype(), device=device)
+        # of a copy to send, adapters alone will change
+        mapped = device == "cpu" and self.config.lora is not None
+        whole, _ = load(self.parent, dtype=self.config.dtype(), device=device, mapped=mapped)
         if self.config.lora:
             attach(whole, self.config.lora, self.context.seed)
         return whole
@@ -286,6 +288,7 @@ class Policy:
     ) -> list[GradedGroup]:
         """The graded groups of a step, written under the weights of now, which are version ``step``."""
         self._started = time.perf_counter()
+        self.rollouts.seconds_grading = 0.0  # what was graded beside an evaluation
         self.sampler.bring(step)
         self._brought = time.perf_counter()
         graded = collect(self.rollouts) if collect else self.rollouts.collect(self.config.groups)
@@ -313,7 +316,6 @@ class Policy:
             "seconds/grade": self.rollouts.seconds_grading,
             "seconds/update": ended - self._written,
         }
-        self.rollouts.seconds_grading = 0.0
         if config.max_staleness is not None:
             metrics["stale"] = self.rollouts.stale
         if self.sampler.transfer is not None:

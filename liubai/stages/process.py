@@ -42,6 +42,7 @@ def run(config: Config, context: Context) -> None:
     model, tokenizer = load_to_share(parent, dtype=config.dtype(), device=config.where())
     template = template_for(tokenizer, parent)
     scorer = share_out(scorer_from(model, derive(context.seed, "score")), device=config.where())
+    del model  # where it was converted, it is a whole copy in main memory
     scorer.checkpointing = config.checkpointing
     answers = [e for path in context.given(GRADED) for e in read_examples(path)]
     prompts = sorted({e.prompt for e in answers})
@@ -55,7 +56,7 @@ def run(config: Config, context: Context) -> None:
             f"stage '{context.stage}' has no steps to learn from: it needs a stage of kind sample in its "
             "'from', on families whose steps can be checked"
         )
-    require_room(model, [s for _, s in read])
+    require_room(scorer, [s for _, s in read])
     steps = max(1, round(config.epochs * len(learned) / config.batch))
 
     def accuracy() -> dict[str, float]:

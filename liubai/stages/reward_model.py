@@ -48,6 +48,7 @@ def run(config: Config, context: Context) -> None:
     model, tokenizer = load_to_share(parent, dtype=config.dtype(), device=config.where())
     template = template_for(tokenizer, parent)
     scorer = share_out(scorer_from(model, derive(context.seed, "score")), device=config.where())
+    del model  # where it was converted, it is a whole copy in main memory
     scorer.checkpointing = config.checkpointing
     learned, measured = pairs_of(
         config.pairs, context, lambda e: len(without_thought(template, e.prompt, e.response).ids)
@@ -55,7 +56,7 @@ def run(config: Config, context: Context) -> None:
     lesson = Preferences(config, context.seed, template, learned)
     answers = [without_thought(template, e.prompt, e.response) for e in both(learned)]
     require_room(
-        model, [*answers, *(without_thought(template, e.prompt, e.response) for e in both(measured))]
+        scorer, [*answers, *(without_thought(template, e.prompt, e.response) for e in both(measured))]
     )
     steps = max(1, round(config.epochs * len(learned) / config.batch))
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from liubai.learn.advantages import Advantage
 from liubai.learn.losses import LossConfig
 from liubai.learn.presets import expand
-from liubai.learn.sharded import bring, load_to_share, share_out
+from liubai.learn.sharded import bring, in_layers, load_to_share, share_out
 from liubai.learn.update import UpdateConfig, update
 from liubai.model.lora import merged
 from liubai.seeds import stream
@@ -47,7 +47,7 @@ def run(config: Config, context: Context) -> None:
         reference = None
         if config.loss.kl:
             reference, _ = load_to_share(policy.parent, dtype=config.dtype(), device=config.where())
-            share_out(reference, device=config.where(), learns=False)
+            share_out(reference, in_layers(policy.model), device=config.where(), learns=False)
             policy.keep("reference", reference.state_dict)
         for step in policy.steps():
             graded = policy.write(step, lambda rollouts: collect(rollouts, config))
@@ -55,7 +55,7 @@ def run(config: Config, context: Context) -> None:
             if config.shuffle_rewards:
                 groups = shuffle_rewards(groups, stream(context.seed, "shuffle", step))
             if reference and step % config.reference_every == 0:
-                bring(merged(policy.model), reference)
+                bring(merged(policy.model), reference, config.dtype())
             learned = update(
                 policy.model,
                 policy.optimizer,
