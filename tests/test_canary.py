@@ -11,10 +11,11 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from conftest import naive_logprobs, scramble, tiny_model
+from conftest import naive_logprobs, random_sample, scramble, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -294,6 +295,24 @@ def test_an_engine_around_the_trainers_own_weights_needs_none() -> None:
     model = tiny_model(1)
     engine = TorchEngine(model, eos_ids=[1], slots=8, max_length=64)
     assert canary_for(EngineConfig(), engine, model, PROMPTS, temperature=1.0, max_tokens=9, seed=0) is None
+
+
+def test_answers_are_read_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their lengths: a trainer that is shared out comes together for each reading."""
+    model, generator = tiny_model(2), torch.Generator().manual_seed(0)
+    samples = [random_sample(generator, prompt=p, completion=n) for p, n in ((3, 7), (9, 1), (1, 12))]
+    readings, hidden = [0], Transformer.hidden
+
+    def counted(self: Transformer, *args: Any) -> Tensor:
+        readings[0] += 1
+        return hidden(self, *args)
+
+    monkeypatch.setattr(Transformer, "hidden", counted)
+    together = scores(model, samples, TEMPERATURE)
+    assert readings == [1]
+    for sample, row in zip(samples, together, strict=True):
+        assert row == pytest.approx(scores(model, [sample], TEMPERATURE)[0], abs=1e-5)
+    assert scores(model, [], TEMPERATURE) == []
 
 
 def test_another_program_is_given_more_room_than_the_same_code() -> None:

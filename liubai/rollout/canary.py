@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 
 import torch
 
@@ -104,10 +104,12 @@ class Canary:
 
     def look(self, version: int) -> None:
         """To be called when weights of ``version`` have been loaded. Raises :class:`NotArrived`."""
-        self.judge(self.write(self.requests), version)
+        samples = self.write(self.requests)
+        self.judge(samples, self.score(samples), version)
 
-    def judge(self, samples: Sequence[Sample], version: int) -> None:
-        """What the engine answers under ``version``. Raises :class:`NotArrived`."""
+    def judge(self, samples: Sequence[Sample], scores: list[list[float]], version: int) -> None:
+        """What the engine answers under ``version``, and the trainer's log-probabilities of it. Raises
+        :class:`NotArrived`."""
         if len(samples) != len(self.requests) or not all(s.completion_ids for s in samples):
             raise NotArrived(
                 f"the engine has not answered each request after the transfer of version {version}"
@@ -118,7 +120,7 @@ class Canary:
             version,
             [s.completion_ids for s in samples],
             [s.logprobs for s in samples],
-            self.score(samples),
+            scores,
         )
         theirs, ours = list(chain(*look.said)), list(chain(*look.scores))
         self.gap = _distance(theirs, ours)
@@ -159,9 +161,12 @@ class Canaries:
     def look(self, version: int) -> None:
         """See :meth:`Canary.look`."""
         gaps = []
-        for place, samples in self.ask(self.canary.requests).items():
+        said = self.ask(self.canary.requests)
+        # all at once: of a large trainer one reading takes as long as many
+        found = iter(self.canary.score([s for samples in said.values() for s in samples]))
+        for place, samples in said.items():
             try:
-                self._of[place].judge(samples, version)
+                self._of[place].judge(samples, list(islice(found, len(samples))), version)
             except NotArrived as error:
                 raise NotArrived(f"rollout actor {place}: {error}") from error
             gaps.append(self._of[place].gap)
@@ -170,15 +175,21 @@ class Canaries:
 
 @torch.no_grad()
 def scores(model: Transformer, samples: Sequence[Sample], temperature: float) -> list[list[float]]:
-    """What ``model`` gives to the tokens of some answers at ``temperature``; each is read by itself."""
+    """What ``model`` gives to the tokens of some answers at ``temperature``. One reading of all: a model that
+    is shared out comes together for each."""
+    if not samples:
+        return []
+    device = model.head_weight.device
+    rows = [torch.tensor(s.prompt_ids + s.completion_ids, device=device) for s in samples]
+    ids_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # nothing looks at what is on its right
+    positions_BT = torch.arange(ids_BT.shape[1], device=device).expand_as(ids_BT)
+    hidden_BTD = model.hidden(ids_BT, positions_BT, causal())
     found = []
-    for s in samples:
+    for s, ids_T, hidden_TD in zip(samples, rows, hidden_BTD, strict=True):
         start = len(s.prompt_ids)
-        ids_1T = torch.tensor([s.prompt_ids + s.completion_ids], device=model.head_weight.device)
-        positions_1T = torch.arange(ids_1T.shape[1], device=ids_1T.device)[None]
-        hidden_TD = model.hidden(ids_1T, positions_1T, causal())[0, start - 1 : -1]
-        logprobs_TV = (model.head(hidden_TD).float() / (temperature or 1.0)).log_softmax(-1)
-        found.append(logprobs_TV.gather(1, ids_1T[0, start:, None])[:, 0].tolist())
+        logits_TV = model.head(hidden_TD[start - 1 : len(ids_T) - 1]).float()
+        logprobs_TV = (logits_TV / (temperature or 1.0)).log_softmax(-1)
+        found.append(logprobs_TV.gather(1, ids_T[start:, None])[:, 0].tolist())
     return found
 
 
