@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from liubai.errors import UserError
@@ -214,6 +214,7 @@ def test_fractions_are_equal_in_value_only(a: Any, b: Any) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=300) | st.lists(PIECES, max_size=200).map("".join))
+@example("0\\\\%")
 def test_reading_text_is_cheap_and_stable(text: str) -> None:
     started = time.perf_counter()
     clean = tidy(text)

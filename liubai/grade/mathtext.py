@@ -44,7 +44,7 @@ _SPELLINGS: list[tuple[re.Pattern[str], str]] = [
         (r"\\geq(?![A-Za-z])", r"\\ge"),
         (r"\\neq(?![A-Za-z])", r"\\ne"),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
-        (r"\\%", "%"),
+        (r"\\+%", "%"),
         (r"^([-+]?) ?\$(?=[0-9.])", r"\1\\$"),  # money; any other bare dollar is an environment
         (r"\s+", " "),
         (r" ?, ?", ","),
