@@ -275,6 +275,43 @@ def test_a_rank_says_at_once_that_its_machine_has_no_room_for_its_actors(
     assert full == []
 
 
+@pytest.mark.parametrize(
+    ("others", "free_at", "waits", "said"),
+    [
+        (False, 0.0, 0.0, []),
+        (False, 1.5, 1.5, []),  # a run has just ended
+        (False, 60.0, 10.5, ["of the cluster's 2 CPU only 1 CPU are free"]),
+        (True, 60.0, 0.0, []),  # what is theirs is nobody's business
+        (True, 0.0, 0.0, []),
+    ],
+)
+def test_what_an_ended_run_had_is_waited_for(
+    others: bool, free_at: float, waits: float, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that counts the room too soon has fewer actors, to its end, and nobody knows."""
+    now, notes = [0.0], list[str]()
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(placement, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(placement, "free", lambda: Share(2.0 if now[0] >= free_at else 1.0))
+    monkeypatch.setattr(placement, "total", lambda: Share(2.0))
+    monkeypatch.setattr(placement, "_alone", lambda: not others)
+    monkeypatch.setattr(placement, "LOOK", 0.5)
+    placement.free_again(notes.append)
+    assert now == [waits]
+    assert [note.partition(",")[0] for note in notes] == said
+
+
+def test_a_rank_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forerunner's actors may not be gone, and it has been told what room there is."""
+    monkeypatch.setattr(placement, "free", None)
+    for name, text in placement.told(Room((Share(2.0),))).items():
+        monkeypatch.setenv(name, text)
+    placement.free_again(pytest.fail)
+
+
 def test_what_is_waited_for_is_said_soon(full: list[float]) -> None:
     notes: list[str] = []
     with pytest.raises(UserError, match="the cluster has no room for 5 actors of 1 CPU each within 60 s"):

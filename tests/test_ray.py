@@ -206,10 +206,36 @@ def test_a_run_with_killed_actors_is_the_run_without(
         run(config_of(), tmp_path / "killed", base, cluster)
         assert done == [0, 1, 2]
         assert cluster._engine is not None
+        assert cluster._engine.actors == 2  # their number decides bits
         assert cluster._engine.losses == 3
         assert cluster._engine.describe().endswith("3 lost")
     assert_same_run(quiet, tmp_path / "killed")
     assert len([w for w in view.warnings if "was lost" in w]) == 3
+
+
+def test_a_run_after_one_that_was_killed_has_all_the_room(nodes: Nodes) -> None:
+    """What the other had is free a moment after its end. Counted too soon it makes fewer actors."""
+    program = (
+        "import ray, sys, time; from liubai.cluster.placement import Places, Share; "
+        f"ray.init(address='{nodes.address}', log_to_driver=False, logging_level='ERROR'); "
+        "actor = ray.remote(type('A', (), {'here': lambda self: 1})); "
+        "places = Places(2, Share(1.0), 'SPREAD', ''); "
+        "actors = [actor.options(**places.options(i)).remote() for i in range(2)]; "
+        "ray.get([a.here.remote() for a in actors]); print('there', flush=True); time.sleep(600)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "there\n"
+        with Cluster(nodes.address, View()) as cluster:  # beside it there is no room
+            assert sum(node.cpus for node in cluster._room.nodes) == 0
+    finally:
+        other.kill()
+        other.wait()
+    view = View()
+    with Cluster(nodes.address, view) as cluster:
+        assert sum(node.cpus for node in cluster._room.nodes) == 2
+    assert view.warnings == []
 
 
 def test_in_flight_every_problem_is_taken_once(

@@ -48,10 +48,12 @@ class Cluster:
         self._engine: RemoteEngine | None = None
 
     def __enter__(self) -> Self:
-        from liubai.cluster.placement import room
+        from liubai.cluster.placement import free_again, room
 
+        fixed = connect(self.address)
+        free_again(self.view.warn)
         # asked once: what an engine has given back is not free at once, and the number of actors decides bits
-        self._room = room(fixed=connect(self.address))
+        self._room = room(fixed)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -15,6 +15,8 @@ from liubai.errors import UserError
 GRADER_MEMORY = 256 << 20
 #: Seconds that the first placement may take, and after which a line says what is waited for.
 PLACED, LATE = 60.0, 5.0
+#: Seconds that what an ended run had may take to be free again, and between two looks.
+LEAVING, LOOK = 10.0, 0.1
 #: Tells a rank what room there is: see :func:`told`.
 ROOM = "LIUBAI_CLUSTER_ROOM"
 
@@ -113,6 +115,30 @@ def free() -> Share:
     import ray
 
     return _share(ray.available_resources())  # type: ignore[no-untyped-call]
+
+
+def free_again(warn: Callable[[str], None]) -> None:
+    """Returns when what ended runs had is free. That is a moment after their end: whoever counts the room
+    meanwhile has fewer actors than it could have, to the end, and other last bits. Where others live on the
+    cluster nobody knows what is theirs. ``warn`` is told when it is waited for in vain."""
+    began = time.monotonic()
+    while ROOM not in os.environ and _alone() and free() != total():
+        if time.monotonic() - began > LEAVING:
+            warn(
+                f"of the cluster's {_said(total())} only {_said(free())} are free, though no other run is "
+                "on it; `ray status` says what is left of earlier ones"
+            )
+            break
+        time.sleep(LOOK)
+
+
+def _alone() -> bool:
+    """Has every other driver on the cluster ended?"""
+    import ray
+    from ray._private.state import jobs
+
+    own = ray.get_runtime_context().get_job_id()
+    return all(job["IsDead"] or job["JobID"] == own for job in jobs())  # type: ignore[no-untyped-call]
 
 
 def room(fixed: bool) -> Room:

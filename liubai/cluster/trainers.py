@@ -353,7 +353,7 @@ def train(
     import ray
 
     from liubai.cluster.connect import connect
-    from liubai.cluster.placement import total
+    from liubai.cluster.placement import free_again, total
 
     assert where.address is not None
     fixed = connect(where.address, beside=where.trainers * max(1, threads))
@@ -377,6 +377,7 @@ def train(
             print(as_asked(line, out), file=sys.stderr if aside else sys.stdout, flush=True)
 
         warn = lambda text: say(f"note: {text}", False)  # noqa: E731
+        free_again(warn)
         Trainers(command, where.trainers, share, say, warn, fixed).run()
     finally:
         ray.shutdown()  # type: ignore[no-untyped-call]
