@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import errno
 import gc
+import itertools
 import json
 import os
 import sys
@@ -35,6 +36,8 @@ from liubai.errors import UserError
 from liubai.learn import sharded
 from liubai.learn.optim import Optimizer
 from liubai.model.checkpoint import load, save_checkpoint
+from liubai.model.lora import LoraConfig, attach
+from liubai.model.scorer import scorer_from
 from liubai.model.transformer import Transformer, build
 from liubai.rollout.torch_engine import TorchEngine
 from liubai.stages import policy, sampler, shards
@@ -174,7 +177,7 @@ def told(folder: Path) -> dict[str, Tensor]:
     from test_stages import run
 
     with elsewhere():
-        for name in ("language", "ppo in flight"):
+        for name in TOLD:
             run(name, folder / "wide", own(folder) / "told" / name)
     return {}
 
@@ -213,20 +216,46 @@ def held() -> int:
 
 @job
 def mapped(folder: Path) -> dict[str, Tensor]:
-    """By how much a rank's own memory grows when a checkpoint is opened, and what it holds when that has been
-    shared out; in sizes of the checkpoint."""
-    before, empty = own_memory(), held()
-    model, _ = sharded.load_to_share(folder / "large", dtype=torch.float32, device=torch.device("cpu"))
-    opened, size = own_memory() - before, 4 * model.count_parameters()
-    sharded.share_out(model)
-    grown = [opened / size, (held() - empty) / size]
-    assert torch.isfinite(model.head_weight.sum())
-    return {"grown": torch.tensor(grown)}
+    """By how much a rank's own memory grows when a checkpoint in float32 is opened, and what it holds when
+    that has been shared out, in sizes of the checkpoint; by the precision that it computes in."""
+
+    def grown(dtype: torch.dtype) -> list[float]:
+        before, empty = own_memory(), held()
+        model, _ = sharded.load_to_share(folder / "large", dtype=dtype, device=torch.device("cpu"))
+        opened, size = own_memory() - before, 4 * model.count_parameters()
+        sharded.share_out(model)
+        assert torch.isfinite(model.head_weight.sum())
+        return [opened / size, (held() - empty) / size]
+
+    # first what would be converted: it would find room where the other one was
+    return {"grown": torch.tensor([grown(torch.bfloat16), grown(torch.float32)])}
 
 
-def write_large(folder: Path) -> None:
-    """A checkpoint of 75 MB."""
+@job
+def rounded(folder: Path) -> dict[str, Tensor]:
+    """A scorer, and a model with adapters, that compute in another precision than their checkpoint has: what
+    was read and what was drawn are as in one process."""
+    same = []
+    for name, dtype in itertools.product(("wide/base/checkpoint", "half"), (torch.float32, torch.bfloat16)):
+        model, _ = sharded.load_to_share(folder / name, dtype=dtype, device=torch.device("cpu"))
+        plain, _ = load(folder / name, dtype=dtype)
+        scorers = scorer_from(model, seed=1), scorer_from(plain, seed=1)
+        for one in (model, plain):
+            attach(one, LoraConfig(rank=2), seed=3)
+        for ours, theirs in (scorers, (model, plain)):
+            sharded.share_out(ours)
+            own, whole = dict(ours.named_parameters()), dict(theirs.named_parameters())
+            assert own.keys() == whole.keys()
+            assert ours.dtype == theirs.dtype == dtype
+            assert {ranks.local(p).dtype for p in own.values()} == {torch.float32}
+            same += [torch.equal(ranks.whole(p), whole[name].float()) for name, p in own.items()]
+    return {"same": torch.tensor(same)}
+
+
+def write_checkpoints(folder: Path) -> None:
+    """A large one of 75 MB, and one in bfloat16."""
     base, tokenizer = load(folder / "wide" / "base" / "checkpoint")
+    save_checkpoint(folder / "half", build(replace(base.config, dtype="bfloat16"), 0), tokenizer, None)
     wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
     save_checkpoint(folder / "large", build(replace(base.config, **wide), 0), tokenizer, None)
 
@@ -258,6 +287,7 @@ def more(folder: Path) -> dict[str, Tensor]:
 
 IN_LAYERS = ("sft", "dpo", "process model", "ppo", "distill")
 NARROW = ("sft in bfloat16", "ppo in bfloat16")
+TOLD = ("language", "ppo in flight", "rl with lora")
 RESUMED = ("pretrain", "sft with lora", "ppo", "ppo in flight", *NARROW)
 
 

@@ -233,17 +233,22 @@ def test_processes_that_do_not_find_each_other(recipe: Path, tmp_path: Path) -> 
     assert "Traceback" not in said
 
 
-def test_a_wrong_number_of_minutes_is_said(recipe: Path, tmp_path: Path) -> None:
+def test_a_wrong_number_of_minutes_is_said(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for minutes in ("soon", "0", "nan", "inf"):
-        process = subprocess.run(
-            [sys.executable, *cli(recipe, tmp_path / "run")],
-            env=environment(0, 2, free_port()) | {"LIUBAI_RANK_TIMEOUT_MINUTES": minutes},
-            capture_output=True,
-            text=True,
-        )
-        assert process.returncode == 2
-        assert f"is a number of minutes, such as 30, and not '{minutes}'" in process.stderr
-        assert "Traceback" not in process.stderr
+        monkeypatch.setenv("LIUBAI_RANK_TIMEOUT_MINUTES", minutes)
+        with pytest.raises(UserError, match=f"is a number of minutes, such as 30, and not '{minutes}'"):
+            ranks._patience()
+    process = subprocess.run(
+        [sys.executable, *cli(recipe, tmp_path / "run")],
+        env=environment(0, 2, free_port()) | {"LIUBAI_RANK_TIMEOUT_MINUTES": "soon"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    assert "LIUBAI_RANK_TIMEOUT_MINUTES is a number of minutes" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_two_ranks_on_one_gpu_are_told_apart() -> None:

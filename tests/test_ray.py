@@ -261,6 +261,7 @@ def test_in_flight_every_problem_is_taken_once(
         assert cluster._engine is not None
         assert cluster._engine.losses == len(done) == 2
     (rollouts,) = last
+    assert rollouts.ahead == 2 * 4  # steps of lead, though an actor's slots hold two groups
     assert Counter(g.index for g in taken).most_common(1)[0][1] == 1
     assert len(taken) == 6 * 4
     assert {g.index for g in taken} | rollouts._open.keys() == set(range(rollouts.next_index))

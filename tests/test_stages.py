@@ -124,6 +124,7 @@ STAGES: dict[str, tuple[ModuleType, dict[str, Any], tuple[str, ...], tuple[int, 
         ("base",),
         (3,),
     ),
+    "rl with lora": (rl, POLICY | {"lora": {"rank": 2}, "loss": {"kl": 0.1}}, ("base",), (3,)),
 }
 
 

@@ -51,10 +51,12 @@ def load_to_share(
     path: str | Path, *, dtype: torch.dtype, device: torch.device
 ) -> tuple[Transformer, TextTokenizer]:
     """:func:`liubai.model.checkpoint.load` of a model that is shared out next: of several ranks none has more
-    of it in memory, on its device or beside it, than it looks at."""
+    of it in memory, on its device or beside it, than it looks at: it is as the file has it until then."""
     if ranks.world() == 1:
         return load(path, dtype=dtype, device=device)
-    return load(path, dtype=dtype, device="cpu", mapped=True)
+    model, tokenizer = load(path, dtype="auto", mapped=True)
+    model.computes = dtype
+    return model, tokenizer
 
 
 def share_out(
@@ -67,7 +69,7 @@ def share_out(
         return model
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    dtype, device = model.head_weight.dtype, device or model.head_weight.device
+    dtype, device = model.dtype, device or model.head_weight.device
     if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
         raise UserError(f'device = "{device}" would put all ranks on one GPU; leave device out')
     if layered is None:
@@ -83,7 +85,7 @@ def share_out(
     for part in [*model.layers, model]:
         for p in part.parameters():
             if not hasattr(p, "to_local"):  # of a layer before
-                p.data = p.data.to(device, torch.float32 if p.dtype == computes else p.dtype)
+                p.data = p.data.to(device, dtype).to(torch.float32 if learns else dtype)
         # None: layers are given back after their forward pass, what is beside them after the backward pass
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=None if layered else False)
     register_fsdp_forward_method(model, "hidden")
@@ -99,7 +101,7 @@ def share_out(
     root.set_reduce_scatter_unused_params(True)  # an empty micro-batch leaves the head out
     if not layered:
         _keep_together(root, True)
-    root.layered, root.computes = layered, dtype
+    root.layered, model.computes = layered, dtype
     # a rank that has no share of the first update must know its way back from one that fails, too
     _empty(model, learns=False)
     settle(model)
@@ -113,11 +115,6 @@ def is_shared_out(model: torch.nn.Module) -> bool:
 def in_layers(model: torch.nn.Module) -> bool:
     """Does it come together layer by layer?"""
     return getattr(model, "layered", False)
-
-
-def dtype_of(model: Transformer) -> torch.dtype:
-    """What it computes in, whatever its parts are kept in."""
-    return getattr(model, "computes", model.head_weight.dtype)
 
 
 def settle(model: torch.nn.Module) -> None:
@@ -281,4 +278,4 @@ def bring(weights: Mapping[str, Tensor], into: torch.nn.Module | None, dtype: to
 def refresh(copy: torch.nn.Module | None, model: Transformer) -> None:
     """Bring a whole copy of a model that is shared out, where this rank has one, up to date."""
     settle(model)
-    bring(trained(model), copy, dtype_of(model))  # nothing else has changed
+    bring(trained(model), copy, model.dtype)  # nothing else has changed

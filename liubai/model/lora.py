@@ -55,15 +55,17 @@ class LoraConfig(BaseModel):
 class LoraLinear(Linear):
     """A frozen linear layer and its two thin matrices, ``lora_a [r, in]`` and ``lora_b [out, r]``."""
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, base: nn.Linear, rank: int, scale: float, generator: torch.Generator, dtype: torch.dtype
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias, self.scale = base.weight, base.bias, scale
         a = torch.empty(rank, base.in_features)
         # Kaiming uniform with a = √5, PEFT's choice; b is 0, so the first step is the base model's
         a.uniform_(-(base.in_features**-0.5), base.in_features**-0.5, generator=generator)
-        self.lora_a = nn.Parameter(a.to(base.weight.device, base.weight.dtype))
-        self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        self.lora_a = nn.Parameter(a.to(base.weight.device, dtype))
+        self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, rank, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) + linear(linear(input, self.lora_a), self.lora_b) * self.scale
@@ -89,11 +91,12 @@ def attach(model: Transformer, config: LoraConfig, seed: int) -> None:
         raise UserError(f"there are no adapters for {model.config.architecture}; leave lora out")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(derive(seed, "lora"))
+    scale = config.alpha / config.rank
     for block in model.layers:
         for part in block.children():
             for name, layer in list(part.named_children()):
                 if name in config.targets and isinstance(layer, nn.Linear):
-                    setattr(part, name, LoraLinear(layer, config.rank, config.alpha / config.rank, generator))
+                    setattr(part, name, LoraLinear(layer, config.rank, scale, generator, model.dtype))
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

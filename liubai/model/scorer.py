@@ -68,11 +68,12 @@ def scorer_from(model: Transformer, seed: int) -> Scorer:
     """
     with torch.device("meta"):
         scorer = Scorer(model.config)
-    weights, like, size = merged(model), model.norm.weight, model.config.hidden_size
+    scorer.computes, size = model.computes, model.config.hidden_size
     generator = torch.Generator().manual_seed(derive(seed, "score"))
     head = torch.empty(1, size).normal_(0.0, 1 / (size + 1), generator=generator)
+    weights, device = merged(model), model.norm.weight.device
     state = {name: weights[name] for name in scorer.state_dict() if name != HEAD}
-    scorer.load_state_dict(state | {HEAD: head.to(like.device, like.dtype)}, assign=True)
+    scorer.load_state_dict(state | {HEAD: head.to(device, model.dtype)}, assign=True)
     return scorer.eval()
 
 

@@ -71,6 +71,7 @@ def rope_slowing(head_dim: int, theta: float, scaling: Llama3Rope) -> Tensor:
 class Transformer(nn.Module):
     """``model(ids_BT) -> logits_BTV``. ``hidden`` and ``head`` are its two halves.
 
+    ``computes`` is the precision in which it will compute where its weights are kept in another one.
     With ``checkpointing``, training keeps only what goes into each block and computes the rest again in the
     backward pass (Chen et al. 2016, arXiv 1604.06174): a fifth more time, a small part of the activations.
     """
@@ -79,6 +80,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False
+        self.computes: torch.dtype | None = None
         self._decoding: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.block: type[Block | CrateBlock] = CrateBlock if config.crate else Block
@@ -93,6 +95,11 @@ class Transformer(nn.Module):
         """The vocabulary projection ``[V, D]``, tied to the embedding or free."""
         tied = self.config.tie_word_embeddings
         return self.embed_tokens.weight if tied else self.lm_head.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.computes or self.head_weight.dtype
 
     @property
     def fewest_rows(self) -> int:

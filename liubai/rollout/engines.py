@@ -159,7 +159,7 @@ def engine_for(
         remote = cluster.engine_for(
             config,
             model.config,
-            dtype=model.head_weight.dtype,
+            dtype=model.dtype,
             device=device.type,
             compile=compile,
             parent=parent,
@@ -203,7 +203,7 @@ def engine_for(
         eos_ids=eos_ids,
         slots=slots,
         max_length=max_length,
-        dtype=model.head_weight.dtype,
+        dtype=model.dtype,
         lora=lora if config.transport == "lora" else None,
         backend=(HANDOVER if alone else "nccl") if config.transport == "native" else None,
         gpu_memory_utilization=config.gpu_memory_utilization,
@@ -253,16 +253,14 @@ def canary_for(
     temperature: float,
     max_tokens: int,
     seed: int,
-    dtype: torch.dtype | None = None,
 ) -> Canary | Canaries | None:
-    """For an engine that has its own copy of the weights, or several. ``model`` is the trainer's and computes
-    in ``dtype``, unless told otherwise in that of its weights."""
+    """For an engine that has its own copy of the weights, or several. ``model`` is the trainer's."""
     ask = getattr(engine, "ask", None)
     if config.kind == "torch" or ask is None or not config.canary:
         return None  # of our own engine, wherever it is, ``update`` looks at every token
-    dtype, first = dtype or model.head_weight.dtype, ""
+    first = ""
     if config.kind == "server":  # vLLM has bfloat16 for a checkpoint in float32 unless told otherwise
-        here = str(dtype).removeprefix("torch.")
+        here = str(model.dtype).removeprefix("torch.")
         first = (
             f"This trainer computes in {here}, and the server has to, too: start it with --dtype {here}, or "
             "set the stage's precision to the server's"
@@ -271,7 +269,7 @@ def canary_for(
         list(prompts)[: config.canary],
         ask,
         lambda samples: scores(model, samples, temperature),
-        bound=config.tolerance(dtype),
+        bound=config.tolerance(model.dtype),
         temperature=temperature,
         seed=seed,
         max_tokens=max_tokens,

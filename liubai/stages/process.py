@@ -42,7 +42,6 @@ def run(config: Config, context: Context) -> None:
     model, tokenizer = load_to_share(parent, dtype=config.dtype(), device=config.where())
     template = template_for(tokenizer, parent)
     scorer = share_out(scorer_from(model, derive(context.seed, "score")), device=config.where())
-    del model  # where it was converted, it is a whole copy in main memory
     scorer.checkpointing = config.checkpointing
     answers = [e for path in context.given(GRADED) for e in read_examples(path)]
     prompts = sorted({e.prompt for e in answers})

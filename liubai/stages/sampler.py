@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from liubai import ranks
-from liubai.learn.sharded import dtype_of, refresh, settle
+from liubai.learn.sharded import refresh, settle
 from liubai.model.transformer import Transformer
 from liubai.rollout.engine import Answerer, Engine, Request
 from liubai.rollout.engines import EngineConfig, canary_for, engine_for
@@ -114,7 +114,6 @@ class Elsewhere(Sampler):
             _Everywhere(self.engine, ways),
             model,
             prompts,
-            dtype=dtype_of(model),
             temperature=temperature,
             max_tokens=max_tokens,
             seed=seed,
