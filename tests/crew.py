@@ -78,6 +78,7 @@ class ScriptedCrew:
 
     def load(self, place: int, weights: object, version: int, oldest: int | None) -> None:
         hand = self.hands[place]
+        assert hand.reported, "it would be given every version that there was meanwhile"
         assert version > hand.version
         hand.version = version
 

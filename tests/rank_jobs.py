@@ -13,6 +13,7 @@ import gc
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -236,7 +237,8 @@ def rounded(folder: Path) -> dict[str, Tensor]:
     """A scorer, and a model with adapters, that compute in another precision than their checkpoint has: what
     was read and what was drawn are as in one process."""
     same = []
-    for name, dtype in itertools.product(("wide/base/checkpoint", "half"), (torch.float32, torch.bfloat16)):
+    names = ("wide/base/checkpoint", "half", "untrue")
+    for name, dtype in itertools.product(names, (torch.float32, torch.bfloat16)):
         model, _ = sharded.load_to_share(folder / name, dtype=dtype, device=torch.device("cpu"))
         plain, _ = load(folder / name, dtype=dtype)
         scorers = scorer_from(model, seed=1), scorer_from(plain, seed=1)
@@ -249,6 +251,9 @@ def rounded(folder: Path) -> dict[str, Tensor]:
             assert ours.dtype == theirs.dtype == dtype
             assert {ranks.local(p).dtype for p in own.values()} == {torch.float32}
             same += [torch.equal(ranks.whole(p), whole[name].float()) for name, p in own.items()]
+        read, _ = sharded.load_to_share(folder / name, dtype=dtype, device=torch.device("cpu"))
+        sharded.share_out(read, learns=False)
+        assert {ranks.local(p).dtype for p in read.parameters()} == {dtype}
     return {"same": torch.tensor(same)}
 
 
@@ -256,6 +261,10 @@ def write_checkpoints(folder: Path) -> None:
     """A large one of 75 MB, and one in bfloat16."""
     base, tokenizer = load(folder / "wide" / "base" / "checkpoint")
     save_checkpoint(folder / "half", build(replace(base.config, dtype="bfloat16"), 0), tokenizer, None)
+    # a description that is not true: the file has float32
+    copied = shutil.copytree(folder / "wide" / "base" / "checkpoint", folder / "untrue")
+    described = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(described | {"dtype": "bfloat16"}))
     wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
     save_checkpoint(folder / "large", build(replace(base.config, **wide), 0), tokenizer, None)
 

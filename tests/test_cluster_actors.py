@@ -21,6 +21,7 @@ from scripted_ray import (
     RayActorError,
     RayError,
     RayTaskError,
+    Ref,
     ScriptedRay,
 )
 from scripted_ray import ray as ray  # a fixture
@@ -307,6 +308,31 @@ def test_an_actor_out_of_reach_is_lost_at_once_and_replaced_when_it_is_known_to_
     crew.start(0)
     assert crew.hear(1) == [Report(0)]
     assert crew.pids == {0: 7}
+
+
+@pytest.mark.parametrize("message", ["load", "write", "cancel"])
+@pytest.mark.parametrize(
+    "error", [RayError("the object is lost"), RayTaskError(RayError("the object is lost"))]
+)
+def test_an_actor_that_a_message_did_not_reach_is_lost(
+    message: str, error: Exception, ray: ScriptedRay
+) -> None:
+    """It would wait for weights that never come, and say every few seconds that it lives."""
+    crew = crew_of(ray, {message: lambda *_: error, "hear": lambda *_: Ref(ready=False)})
+    crew.load(0, None, 3, None)
+    crew.write(0, 0, [], 3)
+    crew.cancel(0, 0, [])
+    news = crew.hear(1)
+    assert news == [Lost(0, "the object is lost")]
+    assert crew.hear(1) == []
+    assert crew.pids == {}
+
+
+def test_that_messages_were_read_is_no_news(ray: ScriptedRay) -> None:
+    crew = crew_of(ray, {"hear": lambda place: Report(place, begun_again=1)})
+    crew.load(0, None, 3, None)
+    crew.write(0, 0, [], 3)
+    assert crew.hear(1) == [Report(0, begun_again=1)]
 
 
 def test_what_an_actor_itself_raises_is_no_loss(ray: ScriptedRay) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 from crew import Clock, ScriptedCrew, engine_of, length_of, requests_of
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import liubai.cluster.engine as module
 from liubai.cluster.crew import Lost, Report
@@ -166,6 +168,7 @@ def test_what_an_actor_began_again_is_counted() -> None:
     engine = engine_of(crew, exact=False, max_staleness=0)
     engine.load({}, 0)
     engine.submit(requests_of(1, 1))
+    engine.step()
     engine._take(Report(0, begun_again=3))
     assert engine.stale == 3
 
@@ -330,6 +333,50 @@ def test_who_is_heard_in_the_last_moment_was_not_silent(last: Report | Lost) -> 
     for _ in range(3):
         engine.step()
     assert engine.losses == isinstance(last, Lost)
+
+
+def test_who_comes_late_is_given_the_newest_weights_alone() -> None:
+    """A place on which nobody comes would keep one copy a step for ever."""
+    crew, given, old = ScriptedCrew(2), list[tuple[int, int]](), list[object]()
+    load, share, hear = crew.load, crew.share, crew.hear
+
+    def loaded(place: int, weights: object, version: int, oldest: int | None) -> None:
+        given.append((place, version))
+        load(place, weights, version, oldest)
+
+    def shared(weights: Mapping[str, Tensor]) -> object:
+        old.append(engine._weights)
+        return share(weights)
+
+    def deaf(seconds: float) -> list[Report | Lost]:
+        """The second one does not come."""
+        crew.hands.pop(1, None)
+        return hear(seconds)
+
+    crew.load, crew.share, crew.hear = loaded, shared, deaf  # type: ignore[method-assign]
+    engine = engine_of(crew)
+    for version in range(3):
+        engine.load({}, version)
+        engine.submit(requests_of(1, 2, first=version))
+        to_the_end(engine, Clock(), 1)
+    assert given == [(0, 0), (0, 1), (0, 2)]
+    assert old == [None, None, None]  # there need not be room for the old and the new
+    crew.hear = hear  # type: ignore[method-assign]
+    crew.start(1)
+    engine.submit(requests_of(1, 2, first=3))
+    to_the_end(engine, Clock(), 1)
+    assert given[3:] == [(1, 2)]
+
+
+def test_who_was_given_up_is_not_lost_again() -> None:
+    crew, said = ScriptedCrew(1, rush=0.0), list[str]()
+    engine = engine_of(crew, warn=said.append)
+    engine.load({}, 0)
+    engine.submit(requests_of(1, 2))
+    engine.step()
+    for why in ("it has said nothing for 300 s", "its process has died"):
+        engine._lose(0, why)
+    assert engine.losses == len(said) == 1
 
 
 def test_the_next_actor_waits_until_the_last_one_is_known_to_be_gone() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import scripted_ray
-from conftest import Silent
+import torch
+from conftest import Silent, tiny_config
 from scripted_ray import Anywhere, OutOfMemoryError, RayTaskError, Ref, Script, ScriptedRay
 
 import liubai.cluster.trainers as module
@@ -280,8 +281,9 @@ def test_a_rank_says_at_once_that_its_machine_has_no_room_for_its_actors(
     [
         (False, 0.0, 0.0, []),
         (False, 1.5, 1.5, []),  # a run has just ended
-        (False, 60.0, 10.5, ["of the cluster's 2 CPU only 1 CPU are free"]),
-        (True, 60.0, 0.0, []),  # what is theirs is nobody's business
+        (False, 60.0, 10.5, ["the cluster has 2 CPU (free: 1 CPU)"]),
+        (True, 60.0, 3.5, []),  # what is theirs is nobody's business
+        (True, 1.0, 1.0, []),  # it was not theirs: the end of a run was not known yet
         (True, 0.0, 0.0, []),
     ],
 )
@@ -310,6 +312,64 @@ def test_a_rank_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in placement.told(Room((Share(2.0),))).items():
         monkeypatch.setenv(name, text)
     placement.free_again(pytest.fail)
+
+
+def test_with_a_node_gone_a_run_goes_on_with_fewer_actors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it was told how many."""
+
+    class Small(Anywhere):
+        def __init__(self, size: int, *how: Any) -> None:
+            if size > 2:
+                raise UserError("no room")
+            super().__init__(size)
+
+    view = Noting()
+    monkeypatch.setattr(placement, "Places", Small)
+    monkeypatch.setattr(placement, "room_now", lambda: Room((Share(1.0), Share(1.0))))
+    cluster = way.Cluster("10.0.0.1:6379", view)
+    assert cluster._places(3, Share(1.0), "actors").size == 2
+    assert [note.partition(":")[0] for note in view.notes] == [
+        "there was room for 3 actors, and there is for 2 now"
+    ]
+    cluster.actors = 3
+    with pytest.raises(UserError, match="no room"):
+        cluster._places(3, Share(1.0), "actors")
+
+
+class Noting(Silent):
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.mark.parametrize(
+    ("config", "seconds"),
+    [
+        ({"kind": "torch"}, 300),
+        ({"kind": "vllm", "timeout": 1000}, 1000),
+        ({"kind": "vllm", "timeout": 20}, 300),
+    ],
+)
+def test_another_program_may_take_long_to_begin(
+    config: dict[str, Any], seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(way.Cluster, "engine", lambda self, build, **how: made.update(how))
+    way.Cluster("auto", Silent()).engine_for(
+        EngineConfig(**config),
+        tiny_config(),
+        dtype=torch.float32,
+        device="cpu",
+        parent=Path("base"),
+        folder=Path("run"),
+        eos_ids=(1,),
+        slots=4,
+        max_length=9,
+    )
+    assert made["silent"] == seconds
 
 
 def test_what_is_waited_for_is_said_soon(full: list[float]) -> None:

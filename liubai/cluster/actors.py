@@ -241,7 +241,8 @@ class RayCrew:
         self.size, self._build, self._places, self._threads = places.size, build, places, threads
         self.pids: dict[int, int] = {}  #: of the actors that are there, each on its node
         self._actors: dict[int, Any] = {}
-        self._awaited: dict[Any, int] = {}  # that an actor is open, or its news -> its place
+        # that an actor is open, its news, and that it has read a message -> its place
+        self._awaited: dict[Any, int] = {}
         # lost, and Ray does not know yet why: until when that is waited for
         self._unsure: dict[int, float] = {}
 
@@ -263,13 +264,13 @@ class RayCrew:
         return ray.put(packed(weights))
 
     def load(self, place: int, weights: object, version: int, oldest: int | None) -> None:
-        self._actors[place].load.remote(weights, version, oldest)
+        self._awaited[self._actors[place].load.remote(weights, version, oldest)] = place
 
     def write(self, place: int, lot: int, asked: Sequence[Partial], version: int) -> None:
-        self._actors[place].write.remote(lot, asked, version)
+        self._awaited[self._actors[place].write.remote(lot, asked, version)] = place
 
     def cancel(self, place: int, lot: int, ids: Sequence[int]) -> None:
-        self._actors[place].cancel.remote(lot, ids)
+        self._awaited[self._actors[place].cancel.remote(lot, ids)] = place
 
     def hear(self, seconds: float) -> list[Report | Lost]:
         import ray
@@ -284,18 +285,20 @@ class RayCrew:
         return [news for ref in ready if (news := self._news(ref))]
 
     def _news(self, ref: Any) -> Report | Lost | None:
-        """None of an actor that was lost before."""
-        place = self._awaited.pop(ref)
-        until = self._unsure.pop(place, None)
+        """None of an actor that was lost before, and where a message was read, which is no news. One that
+        cannot be read is a loss: its actor would wait for weights that never come."""
+        place = self._awaited.pop(ref, None)
+        if place is None:  # lost with another answer, a moment ago
+            return None
         try:
             news = fetched(ref)
         except ActorLost as lost:
-            self.pids.pop(place, None)
-            if not lost.sure:
-                self._unsure[place] = until or time.monotonic() + UNSURE
-                self._awaited[self._actors[place].hear.remote(place)] = place
-            return None if until else Lost(place, str(lost))
-        if until:  # it lives, but others have its work: it is ended when the next one starts
+            return self._gone(place, lost)
+        if news is None:
+            return None
+        if self._unsure.pop(
+            place, None
+        ):  # it lives, but others have its work: it ends when the next one starts
             return None
         self._awaited[self._actors[place].hear.remote(place)] = place
         if isinstance(news, int):
@@ -304,6 +307,18 @@ class RayCrew:
         report: Report = news
         return report
 
+    def _gone(self, place: int, lost: ActorLost) -> Lost | None:
+        self.pids.pop(place, None)
+        self._forget(place)
+        until = self._unsure.pop(place, None)
+        if not lost.sure:
+            self._unsure[place] = until or time.monotonic() + UNSURE
+            self._awaited[self._actors[place].hear.remote(place)] = place
+        return None if until else Lost(place, str(lost))
+
+    def _forget(self, place: int) -> None:
+        self._awaited = {ref: p for ref, p in self._awaited.items() if p != place}
+
     def _end(self, place: int) -> None:
         import ray
 
@@ -311,7 +326,7 @@ class RayCrew:
             ray.kill(actor)
         self.pids.pop(place, None)
         self._unsure.pop(place, None)
-        self._awaited = {ref: p for ref, p in self._awaited.items() if p != place}
+        self._forget(place)
 
     def close(self) -> None:
         import ray
@@ -344,6 +359,8 @@ def fetched(ref: Any) -> Any:
     try:
         return ray.get(ref)
     except RayTaskError as error:
+        if isinstance(error.cause, RayError):  # what it was given did not arrive
+            raise ActorLost(why_lost(error.cause)) from error
         raise error.cause from error
     except ActorUnavailableError as error:
         raise ActorLost("it cannot be reached", sure=False) from error

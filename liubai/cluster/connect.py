@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from liubai.cluster.engine import RemoteEngine
+from liubai.cluster.engine import SILENT, RemoteEngine
 from liubai.errors import UserError
 from liubai.grade import GraderPool
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from liubai.cluster.actors import Build
+    from liubai.cluster.placement import Places, Share
     from liubai.model.config import ModelConfig
     from liubai.model.lora import LoraConfig
     from liubai.rollout.engines import EngineConfig
@@ -51,7 +52,8 @@ class Cluster:
         from liubai.cluster.placement import free_again, room
 
         fixed = connect(self.address)
-        free_again(self.view.warn)
+        if self.actors is None:
+            free_again(self.view.warn)
         # asked once: what an engine has given back is not free at once, and the number of actors decides bits
         self._room = room(fixed)
         return self
@@ -98,14 +100,15 @@ class Cluster:
             lora=lora,
             compile=compile,
         )
-        gpus = config.tensor_parallel if device == "cuda" else 0
         return self.engine(
             build,
             slots=slots,
             max_length=max_length,
-            gpus=gpus,
+            gpus=config.tensor_parallel if device == "cuda" else 0,
             inflight=inflight,
             max_staleness=max_staleness,
+            # another program may take long to begin, and to read weights
+            silent=SILENT if config.kind == "torch" else max(SILENT, config.timeout),
         )
 
     def engine(
@@ -117,30 +120,48 @@ class Cluster:
         gpus: int = 0,
         inflight: bool = False,
         max_staleness: int | None = None,
+        silent: float = SILENT,
     ) -> RemoteEngine:
         """Actors that each have an engine made by ``build`` and so many ``gpus``. There is one such engine
         at a time: the one before is closed."""
         import torch
 
         from liubai.cluster.actors import RayCrew
-        from liubai.cluster.placement import Places, Share, how_many
+        from liubai.cluster.placement import Share, how_many
 
         self._let_go()
         threads = torch.get_num_threads()
         share = Share(1.0, gpus) if gpus else Share(threads)
         what = "rollout actors"
         count = how_many(self.actors, share, what, self._room)
-        places = Places(count, share, "SPREAD", what, self.view.warn)
+        places = self._places(count, share, what)
         self._engine = RemoteEngine(
             RayCrew(build, places, threads),
             slots=slots,
             max_length=max_length,
             exact=not inflight,
             max_staleness=max_staleness,
+            silent=silent,
             warn=self.view.warn,
             status=self.view.status,
         )
         return self._engine
+
+    def _places(self, count: int, share: Share, what: str) -> Places:
+        """For so many or, where a node is gone since they were counted, for as many as there is room for."""
+        from liubai.cluster.placement import Places, how_many, room_now
+
+        try:
+            return Places(count, share, "SPREAD", what, self.view.warn)
+        except UserError:
+            fewer = how_many(None, share, what, room_now())
+            if self.actors or fewer >= count:
+                raise
+            self.view.warn(
+                f"there was room for {count} {what}, and there is for {fewer} now: the run goes on with "
+                "those, and its last bits may differ"
+            )
+            return Places(fewer, share, "SPREAD", what, self.view.warn)
 
     def graders(self, timeout_s: float) -> GraderPool:
         """One grader a node. To be closed by whoever asked for it."""

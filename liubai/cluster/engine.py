@@ -39,7 +39,7 @@ LOSSES = 8
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 #: Seconds of listening after which an actor that is silent over its work is taken for lost, and after which
 #: the run ends when not a single one has come up. A model may be compiled or loaded from far away meanwhile.
-SILENT, ABSENT = 300.0, 300.0
+SILENT = 300.0
 
 
 class RemoteEngine:
@@ -47,8 +47,9 @@ class RemoteEngine:
 
     ``room``: in flight, tokens that an actor is given to write at most, twice what it has slots for unless
     told otherwise, so that it has work during an update; the rest waits here. ``max_staleness``: an answer
-    with a token that is more versions old is thrown away, counted in ``stale`` and asked for again. ``warn``
-    is told of losses, ``status`` (a line) of what everybody does.
+    with a token that is more versions old is thrown away, counted in ``stale`` and asked for again.
+    ``silent``: :data:`SILENT` unless told otherwise. ``warn`` is told of losses, ``status`` (a line) of what
+    everybody does.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class RemoteEngine:
         exact: bool = True,
         max_staleness: int | None = None,
         room: int | None = None,
+        silent: float = SILENT,
         warn: Callable[[str], None] = lambda _: None,
         status: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.crew, self.slots, self.max_length = crew, slots, max_length
-        self.exact, self.max_staleness = exact, max_staleness
+        self.exact, self.max_staleness, self.silent = exact, max_staleness, silent
         self.room = room or 2 * slots * max_length
         self.losses = self.doubled = self.stale = 0  #: actors lost, answers dropped as doubled, and as stale
         self._warn, self._status, self._clock = warn, status, clock
@@ -101,9 +103,10 @@ class RemoteEngine:
     def load(self, weights: Mapping[str, Tensor], version: int) -> None:
         if version <= self._version:
             raise StaleWeights(f"weights of version {version} are not newer than {self._version}")
+        self._weights = None  # nobody needs the old ones any more: there need not be room for both
         self._weights, self._version = self.crew.share(weights), version
         for place, actor in enumerate(self._places):
-            if actor.state != "down":
+            if actor.state == "there":  # one that comes later is given the newest
                 self._load(place)
 
     def submit(self, requests: Iterable[Request]) -> None:
@@ -275,6 +278,8 @@ class RemoteEngine:
         actor = self._places[report.place]
         if actor.state == "starting":
             actor.state = "there"
+            if self._version >= 0:
+                self._load(report.place)
         actor.silent = 0.0
         self.stale += report.begun_again
         now = self._clock()
@@ -314,6 +319,8 @@ class RemoteEngine:
 
         Raises ``UserError`` when that has happened too often."""
         actor = self._places[place]
+        if actor.state == "down":  # it was given up before
+            return
         lots, actor.lots = actor.lots, []
         for lot in lots:
             del self._out[lot.number]
@@ -348,19 +355,18 @@ class RemoteEngine:
             if actor.state == "down" and self._clock() >= actor.due and self.crew.vacant(place):
                 actor.state = "starting"
                 self.crew.start(place)
-                self._load(place)
 
     def _count_silence(self, seconds: float) -> None:
         """Only while somebody listens, which in an update nobody does."""
         for place, actor in enumerate(self._places):
             actor.silent += seconds
-            if actor.state == "there" and actor.lots and actor.silent > SILENT:
-                self._lose(place, f"it has said nothing for {SILENT:.0f} s")
+            if actor.state == "there" and actor.lots and actor.silent > self.silent:
+                self._lose(place, f"it has said nothing for {self.silent:.0f} s")
         absent = min(actor.silent if actor.state == "starting" else 0.0 for actor in self._places)
-        if absent > ABSENT:
+        if absent > self.silent:
             raise UserError(
-                f"no rollout actor has come up within {ABSENT:.0f} s: `ray status` says what the cluster has "
-                "to give and what is asked of it; ask for fewer with --actors"
+                f"no rollout actor has come up within {self.silent:.0f} s: `ray status` says what the "
+                "cluster has to give and what is asked of it; ask for fewer with --actors"
             )
 
     # ---- what everybody does ----

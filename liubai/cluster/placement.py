@@ -15,8 +15,9 @@ from liubai.errors import UserError
 GRADER_MEMORY = 256 << 20
 #: Seconds that the first placement may take, and after which a line says what is waited for.
 PLACED, LATE = 60.0, 5.0
-#: Seconds that what an ended run had may take to be free again, and between two looks.
-LEAVING, LOOK = 10.0, 0.1
+#: Seconds that what an ended run had may take to be free again, that a run's end may take to be known, and
+#: between two looks.
+LEAVING, ENDING, LOOK = 10.0, 3.0, 0.1
 #: Tells a rank what room there is: see :func:`told`.
 ROOM = "LIUBAI_CLUSTER_ROOM"
 
@@ -71,13 +72,12 @@ class Places:
                 return
             except GetTimeoutError:
                 if seconds < PLACED and warn:
-                    has = f"it has {_said(total())}, of which {_said(free())} are free"
+                    has = f"it has {_said(total())} (free: {_said(free())})"
                     warn(f"the cluster is waited for to have room for {asked}, {PLACED:.0f} s at most; {has}")
         self.give_back()
         raise UserError(
             f"the cluster has no room for {asked} within {PLACED:.0f} s; "
-            f"it has {_said(total())} in all, of which {_said(free())} are free. Ask for fewer, or start "
-            "more nodes"
+            f"it has {_said(total())} in all (free: {_said(free())}). Ask for fewer, or start more nodes"
         )
 
     def options(self, place: int) -> dict[str, Any]:
@@ -120,14 +120,16 @@ def free() -> Share:
 def free_again(warn: Callable[[str], None]) -> None:
     """Returns when what ended runs had is free. That is a moment after their end: whoever counts the room
     meanwhile has fewer actors than it could have, to the end, and other last bits. Where others live on the
-    cluster nobody knows what is theirs. ``warn`` is told when it is waited for in vain."""
+    cluster nobody knows what is theirs, and it is not waited for. ``warn`` is told when it was in vain."""
     began = time.monotonic()
-    while ROOM not in os.environ and _alone() and free() != total():
-        if time.monotonic() - began > LEAVING:
-            warn(
-                f"of the cluster's {_said(total())} only {_said(free())} are free, though no other run is "
-                "on it; `ray status` says what is left of earlier ones"
-            )
+    while ROOM not in os.environ and free() != total():
+        alone, waited = _alone(), time.monotonic() - began
+        if waited > (LEAVING if alone else ENDING):
+            if alone:
+                warn(
+                    f"the cluster has {_said(total())} (free: {_said(free())}), and no other run is on it; "
+                    "`ray status` says who has the rest"
+                )
             break
         time.sleep(LOOK)
 
@@ -143,11 +145,15 @@ def _alone() -> bool:
 
 def room(fixed: bool) -> Room:
     """As it is or, to a rank, as it was when the ranks were first in their places."""
-    from ray._private.state import available_resources_per_node
-
     if ROOM in os.environ:
         nodes, fixed = json.loads(os.environ[ROOM])
         return Room(tuple(Share(*node) for node in nodes), fixed)
+    return room_now(fixed)
+
+
+def room_now(fixed: bool = False) -> Room:
+    from ray._private.state import available_resources_per_node
+
     found = available_resources_per_node()  # type: ignore[no-untyped-call]
     return Room(tuple(_share(node) for node in found.values()), fixed)
 

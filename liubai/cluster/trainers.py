@@ -377,7 +377,8 @@ def train(
             print(as_asked(line, out), file=sys.stderr if aside else sys.stdout, flush=True)
 
         warn = lambda text: say(f"note: {text}", False)  # noqa: E731
-        free_again(warn)
+        if where.actors is None:  # their number is that for which there is room
+            free_again(warn)
         Trainers(command, where.trainers, share, say, warn, fixed).run()
     finally:
         ray.shutdown()  # type: ignore[no-untyped-call]

@@ -54,7 +54,7 @@ def load_to_share(
     of it in memory, on its device or beside it, than it looks at: it is as the file has it until then."""
     if ranks.world() == 1:
         return load(path, dtype=dtype, device=device)
-    model, tokenizer = load(path, dtype="auto", mapped=True)
+    model, tokenizer = load(path, dtype="stored", mapped=True)
     model.computes = dtype
     return model, tokenizer
 
@@ -66,7 +66,7 @@ def share_out(
     is; with one process the model as it is. All ranks must have the same weights. One that ``learns`` keeps
     them in float32. ``layered`` is decided by size unless told: by the smallest device's."""
     if ranks.world() == 1:
-        return model
+        return model.to(device, model.dtype)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     dtype, device = model.dtype, device or model.head_weight.device

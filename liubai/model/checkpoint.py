@@ -130,14 +130,15 @@ def _tokenizer_config(tokenizer: TextTokenizer, config: ModelConfig) -> dict[str
 def load(
     path: str | Path,
     *,
-    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    dtype: torch.dtype | Literal["auto", "stored"] = torch.float32,
     device: str | torch.device = "cpu",
     mapped: bool = False,
 ) -> tuple[Transformer, TextTokenizer]:
     """A model and its tokenizer from a Hugging Face folder or, where there is a network, a hub id.
 
-    ``dtype="auto"`` keeps that of the checkpoint. ``mapped``: weights that are in this dtype and stay on the
-    CPU are the file's own pages; what is never looked at takes no memory. Nobody may write into the file.
+    ``dtype="auto"`` is that of its config.json, ``"stored"`` leaves each tensor in that of its file.
+    ``mapped``: weights that are in this dtype and stay on the CPU are the file's own pages; what is never
+    looked at takes no memory. Nobody may write into the file.
 
     Raises ``UserError`` for a folder that is not one, an unsupported architecture, a corrupt or truncated
     file, and missing, extra or misshapen weights: each with the name of what is wrong.
@@ -150,14 +151,16 @@ def load_as(
     kind: Callable[[ModelConfig], Model],
     folder: Path,
     config: ModelConfig,
-    dtype: torch.dtype | Literal["auto"],
+    dtype: torch.dtype | Literal["auto", "stored"],
     device: str | torch.device,
     mapped: bool = False,
 ) -> tuple[Model, TextTokenizer]:
     """:func:`load` for a model of any ``kind``."""
     with torch.device("meta"):  # shapes alone; the weights come straight from the file
         model = kind(config)
-    wanted = getattr(torch, config.dtype) if dtype == "auto" else dtype
+    wanted = (
+        {"auto": getattr(torch, config.dtype), "stored": None}[dtype] if isinstance(dtype, str) else dtype
+    )
     weights = read_weights(folder, model, wanted, torch.device(device), mapped)
     model.load_state_dict(weights, assign=True)
     return model.eval(), load_tokenizer(folder, config)
@@ -192,13 +195,15 @@ def _ids(value: object) -> list[int]:
 
 
 def read_weights(
-    folder: Path, model: Transformer, dtype: torch.dtype, device: torch.device, mapped: bool = False
+    folder: Path, model: Transformer, dtype: torch.dtype | None, device: torch.device, mapped: bool = False
 ) -> dict[str, Tensor]:
-    """The state of ``model`` (of which only the shapes are looked at); every tensor must be there, fit,
-    and be wanted. One tensor is converted at a time: the peak is one copy of the weights."""
+    """The state of ``model`` (of which only the shapes are looked at), in ``dtype`` or in the file's; every
+    tensor must be there, fit, and be wanted. One tensor is converted at a time: the peak is one copy of the
+    weights."""
     with stored_weights(folder, model) as stored:
+        tensors = ((name, read()) for name, read in stored.items())
         # a copy even where nothing changes: the file may be replaced while the model lives
-        return {name: read().to(device, dtype, copy=not mapped) for name, read in stored.items()}
+        return {name: t.to(device, dtype or t.dtype, copy=not mapped) for name, t in tensors}
 
 
 @contextmanager

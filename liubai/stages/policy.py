@@ -350,7 +350,8 @@ class Policy:
 
     def look(self, step: int) -> dict[str, float]:
         """Held-out accuracy after ``step`` steps, and the same few prompts answered again."""
-        return self.sampler.look(step, self.rollouts, lambda engine: self._look(engine, step))
+        ask = partial(self._look, step=step)
+        return self.sampler.look(step, self.rollouts, ask, last=step == self.config.steps)
 
     def _look(self, engine: Answerer, step: int) -> dict[str, float]:
         config = self.config

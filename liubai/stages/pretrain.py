@@ -122,8 +122,8 @@ class Config(Trained):
 def run(config: Config, context: Context) -> None:
     tokenizer, draw, held_out = read(config.texts) if config.texts else (*invent(config), [])
     model = build(model_config(config.model, tokenizer), derive(context.seed, "init"))
-    model.to(config.where(), config.dtype()).checkpointing = config.checkpointing
-    share_out(model)
+    model.computes, model.checkpointing = config.dtype(), config.checkpointing
+    share_out(model, device=config.where())
     optimizer = Optimizer(model, lr=config.lr, muon_lr=config.muon_lr, moments=config.moments())
     unread = encoded(held_out, config.texts, tokenizer) if config.texts else []
     sizes = [len(text.text.encode()) for text in held_out]

@@ -42,6 +42,7 @@ def run(config: Config, context: Context) -> None:
     model, tokenizer = load_to_share(parent, dtype=config.dtype(), device=config.where())
     template = template_for(tokenizer, parent)
     scorer = share_out(scorer_from(model, derive(context.seed, "score")), device=config.where())
+    del model  # its head, if that is not the embedding, is nobody's
     scorer.checkpointing = config.checkpointing
     answers = [e for path in context.given(GRADED) for e in read_examples(path)]
     prompts = sorted({e.prompt for e in answers})

@@ -48,6 +48,7 @@ def run(config: Config, context: Context) -> None:
     model, tokenizer = load_to_share(parent, dtype=config.dtype(), device=config.where())
     template = template_for(tokenizer, parent)
     scorer = share_out(scorer_from(model, derive(context.seed, "score")), device=config.where())
+    del model  # its head, if that is not the embedding, is nobody's
     scorer.checkpointing = config.checkpointing
     learned, measured = pairs_of(
         config.pairs, context, lambda e: len(without_thought(template, e.prompt, e.response).ids)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from liubai import ranks
 from liubai.learn.sharded import refresh, settle
+from liubai.model.lora import trained
 from liubai.model.transformer import Transformer
 from liubai.rollout.engine import Answerer, Engine, Request
 from liubai.rollout.engines import EngineConfig, canary_for, engine_for
@@ -50,8 +51,11 @@ class Sampler(ABC):
         """Rollouts are written with the weights of now, which are ``version``, from here on."""
 
     @abstractmethod
-    def look(self, version: int, rollouts: Rollouts, ask: Callable[[Answerer], Value]) -> Value:
-        """What ``ask`` finds out from answers under the weights of now, which are ``version``."""
+    def look(
+        self, version: int, rollouts: Rollouts, ask: Callable[[Answerer], Value], last: bool = False
+    ) -> Value:
+        """What ``ask`` finds out from answers under the weights of now, which are ``version``. After the
+        ``last`` look nothing is written any more."""
 
 
 class Embedded(Sampler):
@@ -73,7 +77,9 @@ class Embedded(Sampler):
         self._refresh()
         ranks.agreed(lambda: self.engine.load(self.whole.state_dict(), version))
 
-    def look(self, version: int, rollouts: Rollouts, ask: Callable[[Answerer], Value]) -> Value:
+    def look(
+        self, version: int, rollouts: Rollouts, ask: Callable[[Answerer], Value], last: bool = False
+    ) -> Value:
         self._refresh()
         return ask(self._evaluator)
 
@@ -99,6 +105,7 @@ class Elsewhere(Sampler):
         """``sent``: the model or, where that is shared out, the first rank's copy of it. The canary asks
         ``prompts``."""
         self.model, self.sent, self._version = model, sent, -1
+        self._adapter = config.transport == "lora"
         # vLLM in this process stands still
         self.goes_on = config.kind != "vllm" or how["cluster"] is not None
         self.engine = None
@@ -139,9 +146,18 @@ class Elsewhere(Sampler):
     def _send(self, version: int) -> None:
         assert self.engine is not None
         assert self.sent is not None
-        self.engine.load(self.sent.state_dict(), version)
+        self.engine.load(trained(self.sent) if self._adapter else self.sent.state_dict(), version)
 
-    def look(self, version: int, rollouts: Rollouts, ask: Callable[[Answerer], Value]) -> Value:
+    def _call_off(self) -> None:
+        """Nobody will learn from what is under way, and others would wait for it."""
+        assert self.engine is not None
+        self.engine.abort()
+
+    def look(
+        self, version: int, rollouts: Rollouts, ask: Callable[[Answerer], Value], last: bool = False
+    ) -> Value:
+        if last:
+            ranks.by_main(self._call_off)
         self.bring(version)
 
         def alone() -> Value:
