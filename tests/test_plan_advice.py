@@ -165,6 +165,17 @@ def test_a_large_model_is_spread_over_the_gpus_of_a_server(tmp_path: Path, seven
     assert 2 * larger.job.size.parameters > 0.9 * larger.room
 
 
+def test_adapters_travel_alone_where_they_do(seven: Path, tmp_path: Path) -> None:
+    lora = "zero.lora.rank=16"
+    (whole, merged, alone, in_turn) = (
+        {one.way: one.transfer for one in planner(seven, tmp_path, 8, "h200", *sets).layouts()}
+        for sets in (SERVER, (*SERVER, lora), (*SERVER, lora, "zero.engine.transport=lora"), (lora,))
+    )
+    asynchronous = "apart, asynchronous"
+    assert whole[asynchronous] == merged[asynchronous] > 100 * alone[asynchronous] > 0
+    assert in_turn["in turn"] == alone[asynchronous]  # each rank's copy is brought up to date
+
+
 def test_two_sizes_are_told_apart() -> None:
     assert told_apart(90.4e9, 72e9) == ("90", "72")
     assert told_apart(72.06e9, 72e9) == ("72.1", "72.0")

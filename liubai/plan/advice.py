@@ -173,7 +173,7 @@ class Planner:
             ahead = self.work.answers * (1 + min(self.staleness, full))
             writing = roofline.without_end(self.model, self.device, self.work, self.gpus, slots, ahead=ahead)
         update = self._update(self.gpus, microbatch)
-        sent = roofline.transfer(self.model, self.device, self.gpus) if self.gpus > 1 else 0.0
+        sent = self._transfer(adapters=True) if self.gpus > 1 else 0.0
         step = writing.seconds + sum(update.values()) + sent
         return Layout(
             way=way, trainer=Side(gpus=self.gpus, memory=learning), kind=self.kind, parts=1,
@@ -191,7 +191,7 @@ class Planner:
         rollout, fit = self.engine(0.0, parts, self.kind)
         slots = min(self.slots, fit)
         update = self._update(trainer, microbatch)
-        sent = roofline.transfer(self.model, self.device, self.gpus)
+        sent = self._transfer(adapters=self.job.config.engine.transport == "lora")  # type: ignore[attr-defined]
         if way == "apart, synchronous":
             writing = roofline.at_once(self.model, self.device, self.work, engines, slots, parts)
             step = writing.seconds + sum(update.values()) + sent
@@ -205,6 +205,11 @@ class Planner:
             slots=self.slots, fit=fit, microbatch=microbatch, writing=writing, update=update, transfer=sent,
             step=step, rate=self.work.written / step,
         )  # fmt: skip
+
+    def _transfer(self, adapters: bool) -> float:
+        """Do adapters, where the stage trains some, travel alone?"""
+        share = self.job.size.trained / self.job.size.parameters if adapters and self.job.lora else 1.0
+        return share * roofline.transfer(self.model, self.device, self.gpus)
 
     def parts(self) -> int:
         """The fewest GPUs that hold an engine with room for a few answers; 0 when a node does not."""
@@ -362,7 +367,10 @@ def bottleneck(layout: Layout, work: Work) -> tuple[str, str]:
     """What takes longest, and what would help, in words."""
     writing, update = layout.writing, layout.update
     if layout.transfer > max(writing.seconds, layout.update_seconds):
-        return "sending the weights", "a faster network, LoRA (only adapters change), or more work in a step"
+        return (
+            "sending the weights",
+            'a faster network, transport = "lora" (an adapter alone travels), or more work in a step',
+        )
     if layout.update_seconds > writing.seconds:
         worst = max(update, key=lambda name: update[name])
         saves = "; checkpointing = false saves a fifth where memory allows it" if work.checkpointing else ""
