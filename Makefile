@@ -40,7 +40,7 @@ test-llama: setup .venv-llama/ready
 	$(BIN)/pip install --no-deps --target .venv-llama llama-cpp-python==0.3.36 diskcache
 	@touch $@
 
-# Real clusters of several nodes on this machine, whose processes are killed: two to three minutes. `make test`
+# Real clusters of several nodes on this machine, whose processes are killed: two to four minutes. `make test`
 # skips them until Ray is there, which this installs.
 test-ray: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[ray]'

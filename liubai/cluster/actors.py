@@ -296,9 +296,7 @@ class RayCrew:
             return self._gone(place, lost)
         if news is None:
             return None
-        if self._unsure.pop(
-            place, None
-        ):  # it lives, but others have its work: it ends when the next one starts
+        if self._unsure.pop(place, None):  # it lives, but others have its work: the next one ends it
             return None
         self._awaited[self._actors[place].hear.remote(place)] = place
         if isinstance(news, int):
