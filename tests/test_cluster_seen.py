@@ -21,27 +21,27 @@ def test_what_everybody_does_is_said_in_a_line() -> None:
     crew = ScriptedCrew(2, rush=0.0)
     engine = engine_of(crew, slots=2, clock=clock, status=lines.append)
     engine.load({}, 0)
-    assert engine.describe() == "actors: 0 starting, 1 starting"
+    assert engine.describe() == "actor 0 starting, actor 1 starting"
     engine.submit(requests_of(2, 4, max_tokens=1))
     engine.step()
     assert engine.describe() == (
-        "actors: 0 writing 4 (queue 2, 0 tokens/s), 1 writing 4 (queue 2, 0 tokens/s)"
+        "actor 0 writing 4 (queue 2, 0 tokens/s), actor 1 writing 4 (queue 2, 0 tokens/s)"
     )
     clock.now = 2.0
     engine.step()
-    assert engine.describe() == "actors: 0 idle, 1 idle"
-    assert lines == ["actors: 0 idle, 1 idle"]  # not more than once a second
+    assert engine.describe() == "actor 0 idle, actor 1 idle"
+    assert lines == ["actor 0 idle, actor 1 idle"]  # not more than once a second
     engine.submit(requests_of(1, 4, first=5))
     engine.step()
     del crew.hands[0]
     engine._lose(0, "gone")
-    assert engine.describe() == "actors: 0 down, 1 idle, 4 waiting, 1 lost"
+    assert engine.describe() == "actor 0 down, actor 1 idle, 4 answers waiting, 1 lost"
     many = engine_of(ScriptedCrew(9, rush=0.0), slots=3, clock=clock)
     many.load({}, 0)
     many.submit(requests_of(9, 4))
     many.step()
     many._lose(8, "gone")
-    assert many.describe() == "actors: 8 writing (queue 8, 0 tokens/s), 1 down, 4 waiting, 1 lost"
+    assert many.describe() == "actors: 8 writing (queue 8, 0 tokens/s), 1 down, 4 answers waiting, 1 lost"
 
 
 def test_speed_is_that_of_the_last_half_minute() -> None:

@@ -23,6 +23,7 @@ from liubai.cluster import connect as way
 from liubai.cluster import placement
 from liubai.cluster.placement import Places, Room, Share, how_many
 from liubai.cluster.trainers import LONG, RankFailed, Said, TrainerActor, Trainers, as_asked
+from liubai.commands.shared import Elsewhere
 from liubai.errors import UserError
 from liubai.rollout.engines import EngineConfig
 
@@ -394,19 +395,22 @@ def test_the_report_is_where_the_user_said() -> None:
 def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """What ``ray.init`` is told, and what it sees; on a machine of three GPUs."""
     seen: dict[str, Any] = {}
+    services = SimpleNamespace(ConsolePopen=dict)
 
     def init(**given: Any) -> None:
-        seen.update(given, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
+        seen.update(given, gpus=os.environ.get("CUDA_VISIBLE_DEVICES"), how=services.ConsolePopen())
         if "error" in seen:
             raise seen["error"]
 
     ray = ModuleType("ray")
     ray.init = init  # type: ignore[attr-defined]
-    ray._private = SimpleNamespace(worker=SimpleNamespace())  # type: ignore[attr-defined]
+    private = SimpleNamespace(worker=SimpleNamespace(), services=services)
+    ray._private = private  # type: ignore[attr-defined]
     ray.is_initialized = lambda: True  # type: ignore[attr-defined]
     for name in ("RAY_ADDRESS", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray._private", private)
     monkeypatch.setattr(way, "_gpus", lambda: 3)
     before = dict(os.environ)
     yield seen
@@ -424,6 +428,24 @@ def test_with_ranks_on_the_cluster_all_gpus_are_its(local: dict[str, Any]) -> No
     way.connect("auto", beside=4)
     assert local["gpus"] is None
     assert local["num_cpus"] == len(os.sched_getaffinity(0)) + 4
+
+
+def test_rays_processes_are_no_part_of_this_ones_group(local: dict[str, Any]) -> None:
+    """To which `timeout` and batch systems send SIGTERM. Those of others on the cluster are theirs."""
+    way.connect("auto")
+    assert local["how"] == {"process_group": 0}
+    assert sys.modules["ray._private"].services.ConsolePopen is dict
+
+
+def test_no_more_learn_on_a_machine_than_it_has_cores(
+    local: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster of this machine alone would begin them all, and wait for them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(way, "connect", pytest.fail)
+    where = Elsewhere("auto", None, 4)
+    with pytest.raises(UserError, match="--trainers 4: this machine has 3 cores"):
+        module.train(where, 1, Path("recipe.toml"), [], Path("run"), [])
 
 
 def test_where_ray_does_not_start_that_is_said(local: dict[str, Any]) -> None:

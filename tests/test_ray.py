@@ -421,6 +421,7 @@ def liubai(*arguments: str, **variables: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **variables},
+        process_group=0,
     )
 
 
@@ -474,16 +475,26 @@ def wait_for(
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_however_a_run_ends_its_cluster_ends_with_it(how: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "to"),
+    [
+        (signal.SIGINT, os.kill),
+        (signal.SIGTERM, os.kill),
+        (signal.SIGKILL, os.kill),
+        (signal.SIGTERM, os.killpg),  # as `timeout` and batch systems do
+    ],
+)
+def test_however_a_run_ends_its_cluster_ends_with_it(
+    how: signal.Signals, to: Callable[[int, int], None], tmp_path: Path
+) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE.replace("steps = 4\n", "steps = 100000\n"))
-    mark = f"mark-{os.getpid()}-{how}"
+    mark = f"mark-{os.getpid()}-{how}-{to.__name__}-"
     arguments = ["run", str(recipe), "--out", str(tmp_path / "run"), "--cluster", "auto", "--actors", "1"]
     process = liubai(*arguments, LIUBAI_TEST_MARK=mark)
     wait_for(lambda: (tmp_path / "run" / "2-zero" / "state").exists(), process)
     assert any("raylet" in name for name in marked(mark))
-    process.send_signal(how)
+    to(process.pid, how)
     _, said = process.communicate(timeout=120)
     if how is not signal.SIGKILL:
         assert process.returncode == 128 + how

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -179,6 +180,11 @@ class Cluster:
             engine.close()
 
 
+def is_here(address: str) -> bool:
+    """Does it stand for a cluster of this machine alone, which is started with the run?"""
+    return address == "auto" and not os.environ.get("RAY_ADDRESS")
+
+
 def joined() -> bool:
     """Is this process one of a cluster's, so that others write and judge for it?"""
     ray = sys.modules.get("ray")
@@ -213,7 +219,7 @@ def _init(ray: Any, address: str, named: str, beside: int) -> None:
     if not address:
         cores = len(os.sched_getaffinity(0)) + beside
         try:
-            with nullcontext() if beside else _gpus_of_others():
+            with nullcontext() if beside else _gpus_of_others(), _groups_of_their_own():
                 ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
         except Exception as error:  # Ray has no type of its own for it
             raise UserError(
@@ -254,6 +260,24 @@ def _sigterm_as_it_was() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread() and before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _groups_of_their_own() -> Iterator[None]:
+    """`timeout` and batch systems send SIGTERM to a whole process group. Ray's own processes are to be in
+    others: a run whose Ray is gone cannot end in order, and waits for it for a minute."""
+    import ray._private as private
+
+    services: Any = private.services
+    if not hasattr(services, "ConsolePopen"):  # another version: it is by what all of its processes start
+        yield
+        return
+    before = services.ConsolePopen
+    services.ConsolePopen = partial(before, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 @contextmanager

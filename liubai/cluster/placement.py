@@ -184,6 +184,7 @@ def how_many(wanted: int | None, share: Share, what: str, room: Room) -> int:
         raise UserError(
             f"this machine has no room for {count} {what} of {_said(share)} each: for them it has "
             f"{_said(machine)}, which is enough for {most}; ask for fewer"
+            + (", or for fewer threads" if share.cpus > 1 else "")
         )
     return count
 

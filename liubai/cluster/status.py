@@ -23,7 +23,7 @@ def describe(
     speeds = [_speed(actor, born, now) for actor in places]
     if len(places) <= FEW:
         parts = [
-            f"{place} {_does(actor, slots, speed)}"
+            f"actor {place} {_does(actor, slots, speed)}"
             for place, (actor, speed) in enumerate(zip(places, speeds, strict=True))
         ]
     else:
@@ -34,9 +34,9 @@ def describe(
         if "writing" in count_of:
             queue = sum(_queue(actor, slots) for actor in places)
             count_of["writing"] += f" (queue {queue}, {sum(speeds):,.0f} tokens/s)"
-        parts = list(count_of.values())
-    notes = {"waiting": waiting, "lost": lost, "stale": stale}
-    return "actors: " + ", ".join(parts + [f"{n} {name}" for name, n in notes.items() if n])
+        parts = [f"actors: {', '.join(count_of.values())}"]
+    notes = {"answers waiting": waiting, "lost": lost, "stale": stale}
+    return ", ".join(parts + [f"{n} {name}" for name, n in notes.items() if n])
 
 
 def _does(actor: Place, slots: int, speed: float) -> str:

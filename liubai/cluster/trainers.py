@@ -352,10 +352,16 @@ def train(
     """``liubai run`` by several ranks on a cluster; what rank 0 prints is printed here."""
     import ray
 
-    from liubai.cluster.connect import connect
+    from liubai.cluster.connect import connect, is_here
     from liubai.cluster.placement import free_again, total
 
     assert where.address is not None
+    cores = len(os.sched_getaffinity(0))
+    if is_here(where.address) and where.trainers > max(2, cores):
+        raise UserError(
+            f"--trainers {where.trainers}: this machine has {cores} cores, and a cluster of it alone has "
+            f"room for no more than {max(2, cores)} processes that learn"
+        )
     fixed = connect(where.address, beside=where.trainers * max(1, threads))
     try:
         command = [

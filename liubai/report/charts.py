@@ -225,7 +225,8 @@ def panel_charts(stages: Sequence[Stage]) -> dict[str, list[Chart]]:
             ),
             _split(
                 "phases", "Where a step's time goes",
-                "Seconds of each phase in one step; the tallest line is what to speed up.",
+                "Seconds of each phase in one step; the tallest line is what to speed up. Where answers are "
+                "written elsewhere, generate is the wait for them, and transfer brings new weights there.",
                 "seconds per step", stages,
                 [("seconds/generate", "generate"), ("seconds/update", "update"), ("seconds/grade", "grade"),
                  ("seconds/transfer", "transfer")],
