@@ -324,26 +324,17 @@ def test_with_a_node_gone_a_run_goes_on_with_fewer_actors(monkeypatch: pytest.Mo
                 raise UserError("no room")
             super().__init__(size)
 
-    view = Noting()
+    view = Silent()
     monkeypatch.setattr(placement, "Places", Small)
     monkeypatch.setattr(placement, "room_now", lambda: Room((Share(1.0), Share(1.0))))
     cluster = way.Cluster("10.0.0.1:6379", view)
     assert cluster._places(3, Share(1.0), "actors").size == 2
-    assert [note.partition(":")[0] for note in view.notes] == [
+    assert [note.partition(":")[0] for note in view.warnings] == [
         "there was room for 3 actors, and there is for 2 now"
     ]
     cluster.actors = 3
     with pytest.raises(UserError, match="no room"):
         cluster._places(3, Share(1.0), "actors")
-
-
-class Noting(Silent):
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.notes.append(message)
 
 
 @pytest.mark.parametrize(
